@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MaplConfig` ↔ the `--mapl-*` flags, and what they refuse beside Megatron's own."""
+
+import argparse
+import json
+from copy import copy
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+import torch
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from mapl.config import MaplConfig
+
+PREFIX = "mapl_"
+
+
+class _PrefixedGroupFactory(ArgumentGroupFactory):
+    """Megatron's generator of flags from a dataclass, with our prefix and no defaults.
+
+    Without defaults the namespace shows which flags the user gave; `config_from_args` fills in the
+    rest from the dataclass, where each default stands once.
+    """
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        if attribute.default is MISSING:
+            attribute = copy(attribute)
+            attribute.default = None  # the generator knows no field without a default
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["arg_names"] = ["--mapl-" + attribute.name.replace("_", "-")]
+        kwargs["dest"] = PREFIX + attribute.name
+        kwargs["default"] = argparse.SUPPRESS
+        return kwargs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the `--mapl-*` flags to Megatron's parser."""
+    _PrefixedGroupFactory(MaplConfig).build_group(parser, "mapl")
+    return parser
+
+
+def config_from_args(args: Any) -> MaplConfig | None:
+    """The settings in Megatron's namespace, or None for plain Megatron.
+
+    Fills the namespace with what the user left out, as primitive values, so that checkpoints keep
+    all settings. Without `--mapl-rank` all `mapl_*` entries but `mapl_checkpoint` become None.
+
+    Raises:
+        ValueError: a flag is out of range, or given without `--mapl-rank`.
+    """
+    names = [field.name for field in fields(MaplConfig)]
+    given = {name: getattr(args, PREFIX + name) for name in names if hasattr(args, PREFIX + name)}
+    if "rank" not in given:
+        ignored = [f"--mapl-{name.replace('_', '-')} {given[name]}" for name in given]
+        if given and given != {"checkpoint": "drop"}:
+            raise ValueError(
+                f"{', '.join(ignored)} without --mapl-rank has no effect; add --mapl-rank, or "
+                "leave it out"
+            )
+        for name in names:
+            setattr(args, PREFIX + name, given.get(name))
+        return None
+    config = MaplConfig(**given)
+    if config.checkpoint == "drop":
+        raise ValueError(
+            "--mapl-checkpoint drop loads a checkpoint into plain Megatron; leave --mapl-rank out, "
+            "or use --mapl-checkpoint fresh to start the boundaries anew"
+        )
+    for name, value in asdict(config).items():
+        setattr(args, PREFIX + name, value)
+    return config
+
+
+#: Megatron settings that boundaries cannot work with: dest → (flag, why).
+_UNSUPPORTED = {
+    "overlap_moe_expert_parallel_comm": (
+        "--overlap-moe-expert-parallel-comm",
+        "its schedule sends activations before the model's hooks see them",
+    ),
+    "variable_seq_lengths": (
+        "--variable-seq-lengths",
+        "the sizes of payloads are fixed",
+    ),
+    "use_ring_exchange_p2p": (
+        "--use-ring-exchange-p2p",
+        "it needs a build of PyTorch that sends activations in a ring",
+    ),
+    "mtp_standalone": ("--mtp-standalone", "it sends several tensors over one boundary"),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", "it replaces Megatron's wrapping of the model"),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", "it replaces Megatron's wrapping of the model"),
+    "heterogeneous_layers_config_path": (
+        "--heterogeneous-layers-config-path",
+        "cuts are named by counts of equal layers",
+    ),
+}
+
+
+def check_supported(args: Any, config: MaplConfig) -> None:
+    """Refuses combinations with Megatron's flags that would fail or be silently wrong.
+
+    Raises:
+        ValueError: names the flag, its value and what to do.
+    """
+    for dest, (flag, why) in _UNSUPPORTED.items():
+        if getattr(args, dest, None):
+            raise ValueError(f"{flag} cannot be used with --mapl-rank: {why}; leave one of them out")
+    if getattr(args, "cuda_graph_impl", "none") != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with --mapl-rank: payloads "
+            "are numbered on the host; use --cuda-graph-impl none"
+        )
+    if (args.save or args.load) and args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format} cannot be used with --mapl-rank; use --ckpt-format "
+            "torch_dist"
+        )
+    virtual = args.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        _check_links(config, args.pipeline_model_parallel_size, virtual)
+
+
+def _check_links(config: MaplConfig, pipeline: int, virtual: int) -> None:
+    """Boundaries that share a link between two processes must have payloads of one size."""
+    ranks = config.rank
+    if len(ranks) == 1:
+        return
+    for boundary, rank in enumerate(ranks):
+        if rank != ranks[boundary % pipeline]:
+            raise ValueError(
+                f"--mapl-rank {' '.join(map(str, ranks))} gives boundaries {boundary % pipeline} "
+                f"and {boundary} different ranks, but with --pipeline-model-parallel-size "
+                f"{pipeline} and {virtual} virtual stages they share one link between two "
+                "processes; give boundaries that are a pipeline apart the same rank"
+            )
+
+
+def check_same_on_all_ranks(args: Any) -> None:
+    """Compares the `--mapl-*` settings of all processes; to be called on every one of them.
+
+    Raises:
+        ValueError: names a process whose settings differ from those of rank 0, and both.
+    """
+    own = json.dumps({k: v for k, v in sorted(vars(args).items()) if k.startswith(PREFIX)})
+    settings: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(settings, own)
+    for rank, other in enumerate(settings):
+        if other != settings[0]:
+            first, differing = json.loads(settings[0]), json.loads(other)
+            names = [name for name in first if first[name] != differing[name]]
+            raise ValueError(
+                "--mapl-* flags differ between processes: "
+                + "; ".join(
+                    f"--{name.replace('_', '-')} is {first[name]} on rank 0 and {differing[name]} "
+                    f"on rank {rank}"
+                    for name in names
+                )
+                + "; start all processes with the same flags"
+            )

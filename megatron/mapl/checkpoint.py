@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what of the boundaries is loaded from where, and the checks around it.
+
+Megatron's distributed checkpoint keeps each projector under the cut that it stands at
+(`mapl.cut_<layers before it>.*`) and each anchor table under its stage's layers
+(`mapl.stage_<first>_<last>.*`). Before a load this module compares these keys with the run's
+boundaries and settles what to read; after a load and before a save it proves that both sides of
+every boundary hold the same projector, bit for bit.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.training import checkpointing, print_rank_0
+from megatron.training import training as megatron_training
+
+from mapl import stiefel
+from megatron.mapl import metrics
+from megatron.mapl.arguments import PREFIX
+from megatron.mapl.errors import exit_with_error
+from megatron.mapl.model import Port, StageBoundaries
+from megatron.mapl.patching import replace
+from megatron.mapl.runtime import MaplRuntime
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def install_checkpoint_args() -> None:
+    """Lets `--use-checkpoint-args` take the `--mapl-*` settings too, where the user gave none."""
+    load_args = checkpointing.load_args_from_checkpoint
+
+    def load_args_with_mapl(args: Any, *more: Any, **kwargs: Any) -> Any:
+        loaded = load_args(args, *more, **kwargs)
+        if isinstance(loaded, tuple):
+            for name, value in vars(loaded[1]).items():
+                # report_dir and checkpoint are of a run, not of a model.
+                run_only = name in (PREFIX + "report_dir", PREFIX + "checkpoint")
+                if name.startswith(PREFIX) and value is not None and not run_only:
+                    setattr(args, name, getattr(args, name, value))
+        return loaded
+
+    replace(checkpointing, "load_args_from_checkpoint", load_args_with_mapl)
+
+
+def install_guard(args: Any, runtime: MaplRuntime | None) -> None:
+    """Puts the checks around Megatron's load and save, in plain jobs around the load alone."""
+    load = megatron_training.load_checkpoint
+    save = megatron_training.save_checkpoint
+
+    def guarded_load(*load_args: Any, **kwargs: Any) -> Any:
+        try:
+            _prepare_load(args, runtime)
+        except ValueError as error:
+            exit_with_error(error)
+        result = load(*load_args, **kwargs)
+        if runtime is not None:
+            for stage in runtime.stages:
+                stage.load_sources = None
+            if args.finetune:
+                _forget_momentum(runtime)
+            check_sides(runtime)
+        return result
+
+    def guarded_save(*save_args: Any, **kwargs: Any) -> None:
+        assert runtime is not None
+        check_sides(runtime)
+        save(*save_args, **kwargs)
+        metrics.write_traffic(runtime)
+
+    replace(megatron_training, "load_checkpoint", guarded_load)
+    if runtime is not None:
+        replace(megatron_training, "save_checkpoint", guarded_save)
+
+
+def check_sides(runtime: MaplRuntime) -> None:
+    """Compares projector and momentum of every boundary over all processes that hold them.
+
+    Raises:
+        RuntimeError: two copies differ, or a projector has left the manifold.
+    """
+    own: dict[int, str] = {}
+    for port in runtime.ports():
+        if port.projector is None:
+            continue
+        if runtime.config.projector != "unconstrained":
+            stiefel.check(port.projector.A, name=f"the projector of boundary {port.boundary}")
+        digest = hashlib.sha256()
+        for tensor in port.projector.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        own[port.boundary] = digest.hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    first: dict[int, tuple[int, str]] = {}
+    for rank, digests in enumerate(everyone):
+        for boundary, digest in digests.items():
+            other, expected = first.setdefault(boundary, (rank, digest))
+            if digest != expected:
+                raise RuntimeError(
+                    f"the projector of boundary {boundary} differs between ranks {other} and "
+                    f"{rank}: both must run the same versions on the same kind of device; resume "
+                    "from an earlier checkpoint"
+                )
+
+
+def _prepare_load(args: Any, runtime: MaplRuntime | None) -> None:
+    """Settles what each state of this process's boundaries is read from.
+
+    Raises:
+        ValueError: the checkpoint's boundaries are not this run's and `--mapl-checkpoint` does not
+            say what to do about it.
+    """
+    directory = args.load
+    if args.pretrained_checkpoint is not None and not checkpointing.checkpoint_exists(directory):
+        directory = args.pretrained_checkpoint
+    state, path, _, kind = checkpointing._load_base_checkpoint(directory, args, rank0=True)
+    if state is None or kind != checkpointing.CheckpointType.GLOBAL:
+        return
+    tensors = dist_checkpointing.load_tensors_metadata(path)
+    saved = {k: tuple(t.global_shape) for k, t in tensors.items() if k.startswith("mapl.")}
+    if runtime is None:
+        _prepare_plain_load(args, directory, saved)
+    elif runtime.config.checkpoint == "fresh":
+        for stage in runtime.stages:
+            stage.load_sources = {}
+        args.no_load_optim = True
+        print_rank_0(
+            f"> --mapl-checkpoint fresh: {directory} gives the model; all boundaries and the "
+            "optimizer start anew"
+        )
+    else:
+        _match(state["args"], args, runtime, directory, saved)
+
+
+def _prepare_plain_load(args: Any, directory: str, saved: Shapes) -> None:
+    if not saved:
+        if args.mapl_checkpoint == "drop":
+            print_rank_0(f"> --mapl-checkpoint drop: {directory} has no boundaries to drop")
+        return
+    cuts = ", ".join(str(cut) for cut in sorted(_cuts(saved)))
+    if args.mapl_checkpoint != "drop":
+        raise ValueError(
+            f"--load {directory} was trained through MAPL boundaries after layers {cuts}: without "
+            "them it is another function and its loss will jump; add --mapl-rank, or "
+            "--mapl-checkpoint drop to load the model without them"
+        )
+    args.no_load_optim = True
+    print_rank_0(
+        f"> --mapl-checkpoint drop: the boundaries of {directory} after layers {cuts} are left "
+        "out, the optimizer starts anew; expect the loss to jump"
+    )
+
+
+def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, saved: Shapes) -> None:
+    """`--mapl-checkpoint match`: what exists must fit; a changed pipeline may bring fresh cuts."""
+    if not saved:
+        raise ValueError(
+            f"--load {directory} holds a model without MAPL boundaries; add --mapl-checkpoint "
+            "fresh to load it and start the boundaries anew (the loss will jump), or leave "
+            "--mapl-rank out"
+        )
+    for name in ("anchor", "projector"):
+        before = getattr(saved_args, PREFIX + name, None)
+        now = getattr(runtime.config, name)
+        if before != now:
+            raise ValueError(
+                f"--mapl-{name} {now} differs from the checkpoint's {before} ({directory}); use "
+                f"--mapl-{name} {before}, or --mapl-checkpoint fresh to start the boundaries anew"
+            )
+    layout = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    same_pipeline = all(getattr(saved_args, x, None) == getattr(args, x) for x in layout)
+    problems: list[str] = []
+    notes: list[str] = []
+    for stage in runtime.stages:
+        _match_stage(stage, saved, same_pipeline, problems, notes)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (problems, notes))
+    for found, _ in everyone:
+        if found:
+            raise ValueError(
+                f"--load {directory}: {found[0]}; use the checkpoint's settings, or "
+                "--mapl-checkpoint fresh to start the boundaries anew"
+            )
+    for note in sorted({note for _, said in everyone for note in said}):
+        print_rank_0(f"> {note}")
+
+
+def _match_stage(
+    stage: StageBoundaries, saved: Shapes, same_pipeline: bool, problems: list[str], notes: list[str]
+) -> None:
+    """Fills `stage.load_sources`: name of a state → key in the checkpoint."""
+    table = _table_for(stage, saved)
+    sources: dict[str, str] = {}
+    for name, (key, tensor) in stage.states().items():
+        if name.startswith("anchor."):
+            if table is None:
+                problems.append("it has no anchor tables")
+                continue
+            source = f"{table}.{key.rsplit('.', 1)[1]}"
+            if source != key:
+                notes.append(f"{key} is new in this pipeline: it starts as {source}")
+        else:
+            source = key
+        if source not in saved:
+            if same_pipeline:
+                problems.append(f"{key} is not in it, so this boundary was not compressed")
+            elif key.endswith(".A"):
+                cut = key.split(".")[1]
+                notes.append(f"{cut} is new in this pipeline: its projector starts fresh")
+            continue
+        # The vocabulary may be padded otherwise for another tensor parallel size.
+        free = 1 if key.endswith(".E") else 0
+        if saved[source][free:] != tuple(tensor.shape)[free:]:
+            problems.append(
+                f"{source} has shape {list(saved[source])}, this run's flags ask for "
+                f"{list(tensor.shape)}"
+            )
+        sources[name] = source
+    for port in (stage.inlet, stage.outlet):
+        if port is not None and port.projector is None and port.cut in _cuts(saved):
+            problems.append(f"its boundary after layer {port.cut} is compressed, here it is not")
+    stage.load_sources = sources
+    _expect_fresh(stage, set(stage.states()) - set(sources))
+
+
+def _table_for(stage: StageBoundaries, saved: Shapes) -> str | None:
+    """The saved anchor table that is nearest to this stage's.
+
+    Its own; else that of the old stage that began at the same cut (whose decoder used it); else of
+    the one that ended at the same cut; else of the one that began nearest.
+    """
+    stages = {
+        (int(match[1]), int(match[2]))
+        for key in saved
+        if (match := re.fullmatch(r"mapl\.stage_(\d+)_(\d+)\.\w+", key))
+    }
+    if not stages:
+        return None
+
+    def distance(old: tuple[int, int]) -> tuple[bool, bool, bool, int, int]:
+        starts = old[0] == stage.first_layer and stage.inlet is not None
+        ends = old[1] == stage.last_layer and stage.outlet is not None
+        return not (starts and ends), not starts, not ends, abs(old[0] - stage.first_layer), old[0]
+
+    exact = (stage.first_layer, stage.last_layer)
+    best = exact if exact in stages else min(stages, key=distance)
+    return f"mapl.stage_{best[0]}_{best[1]}"
+
+
+def _expect_fresh(stage: StageBoundaries, names: set[str]) -> None:
+    """Tells torch that these states are not missing from the checkpoint by mistake."""
+
+    def forgive(module: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [
+            key
+            for key in keys.missing_keys
+            if not ("mapl." in key and key.rsplit("mapl.", 1)[1] in names)
+        ]
+
+    if names:
+        stage.register_load_state_dict_post_hook(forgive)
+
+
+def _cuts(saved: Shapes) -> set[int]:
+    return {int(m[1]) for key in saved if (m := re.fullmatch(r"mapl\.cut_(\d+)\.A", key))}
+
+
+def _forget_momentum(runtime: MaplRuntime) -> None:
+    for port in runtime.ports():
+        if isinstance(port, Port) and port.projector is not None and port.projector.learns:
+            port.projector.momentum.zero_()

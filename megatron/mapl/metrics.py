@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run report: `mapl_traffic.json` and `mapl_metrics.jsonl`, and the same to TensorBoard, W&B."""
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training import training as megatron_training
+
+from mapl import traffic
+from mapl.boundary import principal_angles
+from mapl.stiefel import orthonormality_error
+from megatron.mapl.patching import replace
+from megatron.mapl.runtime import MaplRuntime
+
+TRAFFIC_FILE = "mapl_traffic.json"
+METRICS_FILE = "mapl_metrics.jsonl"
+
+
+def install(runtime: MaplRuntime) -> None:
+    """Follows Megatron's training log."""
+    log = megatron_training.training_log
+    recorder = _Recorder(runtime)
+
+    def log_and_record(
+        loss_dict: dict[str, torch.Tensor],
+        total_loss_dict: Any,
+        learning_rate: float | None,
+        iteration: int,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = log(loss_dict, total_loss_dict, learning_rate, iteration, *more, **kwargs)
+        recorder.step(loss_dict, iteration)
+        return result
+
+    replace(megatron_training, "training_log", log_and_record)
+
+
+def report_dir(runtime: MaplRuntime) -> Path:
+    """`--mapl-report-dir`, else `--save`, else ./mapl-report."""
+    return Path(runtime.config.report_dir or get_args().save or "mapl-report")
+
+
+def write_traffic(runtime: MaplRuntime) -> None:
+    """Adds up the ledgers of all processes; rank 0 writes the file, whole or not at all."""
+    ledgers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        ledgers, (dict(runtime.ledger.sent), runtime.communication_seconds, runtime.training_seconds)
+    )
+    if dist.get_rank() != 0:
+        return
+    entries, communication, training = zip(*ledgers, strict=True)
+    report = {
+        **traffic.report(entries),
+        "steps": runtime.steps,
+        "tokens": runtime.tokens,
+        "seconds": {
+            "training": max(training),
+            "communication": {"mean": sum(communication) / len(ledgers), "max": max(communication)},
+        },
+    }
+    path = report_dir(runtime) / TRAFFIC_FILE
+    _replace_file(path, json.dumps(report, indent=2) + "\n")
+
+
+class _Recorder:
+    """Averages the loss over a log interval and writes one line of metrics at its end."""
+
+    def __init__(self, runtime: MaplRuntime) -> None:
+        self._runtime = runtime
+        self._losses: list[torch.Tensor] = []
+        self._file_begun = False
+        self._interval_start = time.perf_counter()
+
+    def step(self, loss_dict: dict[str, torch.Tensor], iteration: int) -> None:
+        """Called on every process after each step."""
+        runtime, args = self._runtime, get_args()
+        now = time.perf_counter()
+        runtime.steps += 1
+        runtime.tokens += get_current_global_batch_size() * args.seq_length
+        if runtime.steps > 1:  # the first step has the start-up in it
+            runtime.training_seconds += now - self._interval_start
+        self._interval_start = now
+        if "lm loss" in loss_dict:
+            self._losses.append(loss_dict["lm loss"].detach().float().mean())
+        interval = runtime.config.log_interval or args.log_interval
+        if iteration % interval == 0:
+            self._write(iteration)
+        for stage in runtime.stages:
+            stage.measure_energy = (iteration + 1) % interval == 0
+
+    def _write(self, iteration: int) -> None:
+        own = {
+            "loss": float(torch.stack(self._losses).mean()) if self._losses else None,
+            "stages": [_describe(stage) for stage in self._runtime.stages],
+            "sent": traffic.report([self._runtime.ledger.sent])["total"],
+        }
+        self._losses.clear()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        line = _combine(iteration, self._runtime.tokens, everyone)
+        _write_to_trackers(line)
+        if dist.get_rank() == 0:
+            self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        path = report_dir(self._runtime) / METRICS_FILE
+        if not self._file_begun:
+            # A resumed run repeats the steps after its checkpoint: its lines replace the old ones.
+            kept = _lines_before(path, line["iteration"])
+            _replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self._file_begun = True
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _describe(stage: Any) -> dict[str, Any]:
+    """What one chunk knows: its outlet's boundary, and the angle between its two projectors."""
+    outlet, inlet = stage.outlet, stage.inlet
+    description: dict[str, Any] = {"boundary": None, "angle": None}
+    if outlet is None or outlet.projector is None:
+        return description
+    projector = outlet.projector
+    description["boundary"] = {
+        "boundary": outlet.boundary,
+        "energy_kept": None if stage.energy is None else float(stage.energy),
+        "orthonormality_error": float(orthonormality_error(projector.A)),
+        "gradient_norm": float(projector.grad.norm()) if projector.learns else None,
+        "skipped_steps": int(projector.skipped_steps) if projector.learns else 0,
+    }
+    if inlet is not None and inlet.projector is not None:
+        angles = principal_angles(inlet.projector.A, projector.A)
+        description["angle"] = {
+            "boundaries": [inlet.boundary, outlet.boundary],
+            "mean_degrees": float(angles.mean()),
+            "smallest_degrees": float(angles.min()),
+        }
+    return description
+
+
+def _combine(iteration: int, tokens: int, everyone: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of metrics from what all processes know; replicas agree, so each is named once."""
+    losses = [own["loss"] for own in everyone if own["loss"] is not None]
+    stages = [stage for own in everyone for stage in own["stages"]]
+    boundaries = {s["boundary"]["boundary"]: s["boundary"] for s in stages if s["boundary"]}
+    angles = {tuple(s["angle"]["boundaries"]): s["angle"] for s in stages if s["angle"]}
+    sent = sum(own["sent"]["sent"] for own in everyone)
+    uncompressed = sum(own["sent"]["uncompressed"] for own in everyone)
+    return {
+        "iteration": iteration,
+        "tokens": tokens,
+        "loss": sum(losses) / len(losses) if losses else None,
+        "sent_bytes": sent,
+        "uncompressed_bytes": uncompressed,
+        "ratio": uncompressed / sent if sent else None,
+        "boundaries": [boundaries[b] for b in sorted(boundaries)],
+        "angles": [angles[b] for b in sorted(angles)],
+    }
+
+
+def _write_to_trackers(line: dict[str, Any]) -> None:
+    """TensorBoard and W&B, on the rank where Megatron keeps its writers."""
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    scalars = {"mapl/ratio": line["ratio"], "mapl/sent-bytes": line["sent_bytes"]}
+    for entry in line["boundaries"]:
+        for name, value in entry.items():
+            if name != "boundary":
+                scalars[f"mapl/boundary-{entry['boundary']}/{name.replace('_', '-')}"] = value
+    for entry in line["angles"]:
+        between = "-".join(map(str, entry["boundaries"]))
+        scalars[f"mapl/angle-{between}/mean-degrees"] = entry["mean_degrees"]
+    scalars = {name: value for name, value in scalars.items() if value is not None}
+    if tensorboard:
+        for name, value in scalars.items():
+            tensorboard.add_scalar(name, value, line["iteration"])
+    if wandb:
+        wandb.log(scalars, line["iteration"])
+
+
+def _lines_before(path: Path, iteration: int) -> Iterable[dict[str, Any]]:
+    if not path.exists():
+        return []
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            entry = json.loads(text)
+        except json.JSONDecodeError:
+            break  # the line that a killed run was writing
+        if entry["iteration"] < iteration:
+            kept.append(entry)
+    return kept
+
+
+def _replace_file(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

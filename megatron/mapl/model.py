@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts boundaries on Megatron's model chunks.
+
+A chunk is one stage of the pipeline (with virtual stages, a process holds several). Each gets a
+`StageBoundaries`: one token anchor, the end of the boundary that it receives from (inlet) and the
+end of the one that it sends to (outlet). Two hooks around the chunk's forward pass do the rest:
+
+1. before: the inlet decodes the payload that arrived into a leaf Ẑ and hands X̂ to the decoder;
+2. after: the outlet encodes the decoder's output X into Z, with the payload that is to be sent.
+
+Payloads travel through Megatron's schedule as the attribute `PAYLOAD` of the tensors that it
+passes: it keeps these objects from the model to the communicator and back.
+"""
+
+import hashlib
+from functools import partial
+from typing import Any, cast
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank
+from torch import nn
+
+from mapl.anchors import build_anchor
+from mapl.boundary import decode, encode, energy_kept
+from mapl.channel import Channel
+from mapl.codecs import DtypeCodec
+from mapl.payload import Direction, PayloadLayout, id_dtype
+from mapl.projectors import PROJECTORS, Projector
+from megatron.mapl.runtime import MaplRuntime
+
+#: The attribute under which a tensor in Megatron's schedule carries its payload.
+PAYLOAD = "mapl_payload"
+
+
+def private_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A CPU generator of its own for each purpose, so that no draw moves Megatron's generators."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def take_payload(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The payload that `tensor` carries; taken off, so that it can be freed after its use.
+
+    Raises:
+        RuntimeError: it carries none: something between model and network made another tensor.
+    """
+    payload = tensor.__dict__.pop(PAYLOAD, None)
+    if payload is None:
+        raise RuntimeError(
+            f"{where}: a tensor without a payload came through Megatron's schedule; a feature that "
+            "replaces tensors between model and network cannot be used with --mapl-rank"
+        )
+    return cast(torch.Tensor, payload)
+
+
+class Port(nn.Module):
+    """One end of one boundary: the projector and the channels of both directions.
+
+    Attributes:
+        boundary: its number in the pipeline, from 0.
+        cut: how many layers of the model come before it.
+        projector: A, or None on an uncompressed boundary, over which X itself goes.
+        forward_channel, backward_channel, projector_channel: how activations, their gradients and
+            the projector's gradient cross.
+    """
+
+    def __init__(self, runtime: MaplRuntime, boundary: int, cut: int, *, virtual: bool) -> None:
+        super().__init__()
+        plan, config = runtime.plan, runtime.config
+        self.boundary, self.cut = boundary, cut
+        self.projector: Projector | None = None
+        rank = plan.ranks[boundary]
+        if rank:
+            generator = private_generator(runtime.seed, "projector", cut)
+            self.projector = PROJECTORS[config.projector](plan.hidden_size, rank, generator)
+        # An uncompressed boundary passes the ids on if a later one needs them. Virtual stages share
+        # a link, over which all payloads have one size.
+        ids_needed = config.anchor != "none" and (virtual or any(plan.ranks[boundary:]))
+        width = plan.width(boundary)
+
+        def channel(direction: Direction, codec: DtypeCodec, ids: bool) -> Channel:
+            layout = PayloadLayout(boundary, direction, 0, id_type=id_dtype(runtime.vocab_size))
+            return Channel(layout, width, codec, carries_ids=ids)
+
+        pipeline = DtypeCodec(runtime.pipeline_dtype)
+        self.forward_channel = channel(Direction.FORWARD, pipeline, ids_needed)
+        self.backward_channel = channel(Direction.BACKWARD, pipeline, False)
+        self.projector_channel = channel(Direction.PROJECTOR, DtypeCodec(torch.float32), False)
+
+
+class StageBoundaries(nn.Module):
+    """The boundaries of one model chunk, with the anchor table that both of its ends share.
+
+    Attributes:
+        first_layer, last_layer: the layers [first, last) of the model that the chunk holds.
+        energy: ‖Z‖²/‖X − anchor‖² of the last micro-batch, when `measure_energy` is set.
+        load_sources: while a checkpoint is loaded, what to read for each state (checkpoint.py).
+    """
+
+    def __init__(self, runtime: MaplRuntime, chunk: Any) -> None:
+        super().__init__()
+        config, groups = chunk.config, chunk.pg_collection
+        rank, vp_stage = groups.pp.rank(), chunk.vp_stage
+        stage = (vp_stage or 0) * runtime.pipeline_size + rank
+        self.first_layer = get_transformer_layer_offset(config, vp_stage, rank)
+        self.last_layer = self.first_layer + len(chunk.decoder.layers)
+        virtual = config.virtual_pipeline_model_parallel_size is not None
+        port = partial(Port, runtime, virtual=virtual)
+        self.inlet = None if chunk.pre_process else port(stage - 1, self.first_layer)
+        self.outlet = None if chunk.post_process else port(stage, self.last_layer)
+        self.anchor = build_anchor(
+            runtime.config.anchor,
+            vocab_size=runtime.vocab_size,
+            hidden_size=runtime.plan.hidden_size,
+            anchor_rank=runtime.plan.anchor_rank,
+            # A static table is the same on both sides of a boundary; the basis of a factorised one
+            # is the stage's own.
+            generator=private_generator(
+                runtime.seed, "anchor", 0 if runtime.config.anchor == "static" else self.first_layer
+            ),
+        )
+        for parameter in self.anchor.parameters():
+            parameter.is_embedding_or_output_parameter = True  # Adam, where matrices get Muon
+            parameter.sequence_parallel = config.sequence_parallel  # sums gradients over TP
+            parameter.is_mapl_anchor = True
+        self.groups = groups
+        self.sequence_parallel: bool = config.sequence_parallel
+        self.measure_energy = False
+        self.energy: torch.Tensor | None = None
+        self.load_sources: dict[str, str] | None = None
+        self._runtime = runtime
+        self._ids: torch.Tensor | None = None
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of one token's activation without MAPL."""
+        return self._runtime.plan.hidden_size * self._runtime.pipeline_dtype.itemsize
+
+    def local_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [b, s] cut and turned as activations are: [s, b], s shared over TP under SP."""
+        if self.sequence_parallel:
+            input_ids = input_ids.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
+        return input_ids.t().contiguous()
+
+    def start(self, input_ids: torch.Tensor) -> None:
+        """First stage: keeps the micro-batch's ids for the outlet."""
+        self._ids = self.local_ids(input_ids)
+
+    def receive(self, latent: torch.Tensor) -> torch.Tensor:
+        """Decodes what arrived at the inlet.
+
+        Args:
+            latent: the leaf Ẑ [s, b, width] that the communicator handed out, not yet filled.
+
+        Returns:
+            X̂ [s, b, d].
+        """
+        port = self.inlet
+        assert port is not None
+        payload = take_payload(latent, f"boundary {port.boundary}, forward")
+        self._ids = port.forward_channel.unpack(payload, latent, self._runtime.guard)
+        if latent.requires_grad and torch.is_grad_enabled():
+            latent.register_post_accumulate_grad_hook(self._pack_gradient)
+        if port.projector is None:
+            return latent
+        return decode(latent, self._coordinates(), self.anchor.basis, port.projector)
+
+    def send(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Encodes the stage's output for the outlet.
+
+        Args:
+            hidden: X [s, b, d].
+
+        Returns:
+            Z [s, b, width], which carries its payload.
+        """
+        port = self.outlet
+        assert port is not None
+        latent = hidden
+        if port.projector is not None:
+            coordinates = self._coordinates()
+            latent = encode(hidden, coordinates, self.anchor.basis, port.projector)
+            if self.measure_energy:
+                self.energy = energy_kept(hidden, coordinates, self.anchor.basis, port.projector)
+        uncompressed = hidden.shape[0] * hidden.shape[1] * self._token_bytes
+        payload = port.forward_channel.pack(latent, self._ids, self._runtime.ledger, uncompressed)
+        setattr(latent, PAYLOAD, payload)
+        if latent.requires_grad:
+            latent.register_hook(self._unpack_gradient)
+        self._ids = None
+        return latent
+
+    def _coordinates(self) -> torch.Tensor | None:
+        if not self.anchor.uses_ids:
+            return None
+        assert self._ids is not None
+        return cast(torch.Tensor, self.anchor(self._ids))
+
+    def _pack_gradient(self, latent: torch.Tensor) -> None:
+        port, gradient = self.inlet, latent.grad
+        assert port is not None and gradient is not None
+        uncompressed = gradient.shape[0] * gradient.shape[1] * self._token_bytes
+        payload = port.backward_channel.pack(gradient, None, self._runtime.ledger, uncompressed)
+        setattr(gradient, PAYLOAD, payload)
+
+    def _unpack_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        port = self.outlet
+        assert port is not None
+        payload = take_payload(gradient, f"boundary {port.boundary}, backward")
+        received = torch.empty_like(gradient)
+        port.backward_channel.unpack(payload, received, self._runtime.guard)
+        return received
+
+    def states(self) -> dict[str, tuple[str, torch.Tensor]]:
+        """What a checkpoint keeps: name in this module → (key, tensor).
+
+        Keys name layers, not stages, so that another pipeline size finds the cuts that it shares.
+        """
+        states = {}
+        for side, port in (("inlet", self.inlet), ("outlet", self.outlet)):
+            if port is not None and port.projector is not None:
+                for name, tensor in _tensors(port.projector):
+                    states[f"{side}.projector.{name}"] = (f"mapl.cut_{port.cut}.{name}", tensor)
+        stage = f"mapl.stage_{self.first_layer}_{self.last_layer}"
+        for name, tensor in _tensors(self.anchor):
+            states[f"anchor.{name}"] = (f"{stage}.{name}", tensor)
+        return states
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's distributed checkpoint of the boundaries.
+
+        Both sides hold each projector; the sender's copy is the one that is written.
+        """
+        dp_cp = (metadata or {}).get("dp_cp_group") or self.groups.dp_cp
+        sharded = {}
+        for name, (key, tensor) in self.states().items():
+            if self.load_sources is not None:
+                if name not in self.load_sources:
+                    continue
+                key = self.load_sources[name]
+            side = int(name.startswith("inlet."))
+            sharded[prefix + name] = ShardedTensor.from_rank_offsets(
+                key, tensor, replica_id=(side, get_pg_rank(self.groups.tp), get_pg_rank(dp_cp))
+            )
+        return sharded
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:
+    """Megatron's pre-wrap hook: gives every chunk its boundaries before it is cast and wrapped."""
+    runtime.stages.clear()
+    for chunk in chunks:
+        stage = StageBoundaries(runtime, chunk)
+        chunk.mapl = stage
+        runtime.stages.append(stage)
+        chunk.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        chunk.register_forward_hook(_after_forward, with_kwargs=True)
+    return chunks
+
+
+def _before_forward(chunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if chunk.pre_process:
+        chunk.mapl.start(args[0] if args else kwargs["input_ids"])
+    else:
+        chunk.decoder.set_input_tensor(chunk.mapl.receive(chunk.decoder.input_tensor))
+
+
+def _after_forward(chunk: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+    # Otherwise the decoder would keep X̂ of the last micro-batch until the next one.
+    chunk.decoder.set_input_tensor(None)
+    return output if chunk.post_process else chunk.mapl.send(output)

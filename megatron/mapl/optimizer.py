@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SPEL beside Megatron's optimizer, whichever that is.
+
+The projectors stay outside of DDP and of the distributed optimizer, which shards flat buffers and
+cannot take a matrix step. `with_projectors` gives Megatron's optimizer object a class that adds
+three things to its own: clear the projectors' gradients, remember the loss scale, and step the
+projectors when (and only when) the optimizer itself steps. A parameter group without parameters
+lets Megatron's scheduler drive their learning rate.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer_config import ParamKey
+
+from megatron.mapl.runtime import MaplRuntime
+
+
+class _WithProjectors:
+    """Mixed in before the class of Megatron's optimizer."""
+
+    _mapl: MaplRuntime
+    _mapl_group: dict[str, Any]
+    _mapl_loss_scale: torch.Tensor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for projector in self._mapl.projectors():
+            projector.zero_grad()
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [*super().param_groups, self._mapl_group]  # type: ignore[misc]
+
+    def prepare_grads(self) -> bool:
+        # The scale that these gradients were made with: the call below may change it.
+        self._mapl_loss_scale = self.get_loss_scale().clone()  # type: ignore[attr-defined]
+        return bool(super().prepare_grads())  # type: ignore[misc]
+
+    def step_with_ready_grads(self) -> bool:
+        """Not reached when Megatron skips the step for overflow: then no projector moves."""
+        success = bool(super().step_with_ready_grads())  # type: ignore[misc]
+        if success:
+            for projector in self._mapl.projectors():
+                if projector.learns:
+                    projector.grad /= self._mapl_loss_scale
+                    projector.step(self._mapl_group["lr"])
+        return success
+
+
+def with_projectors(optimizer: Any, config: Any, runtime: MaplRuntime) -> Any:
+    """Megatron's `optimizer`, stepping the projectors too; the object shares its state.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned.
+        config: its `OptimizerConfig`.
+    """
+    multiplier = runtime.config.projector_lr_mult
+    combined_class = type(
+        f"{type(optimizer).__name__}WithProjectors", (_WithProjectors, type(optimizer)), {}
+    )
+    combined = combined_class.__new__(combined_class)
+    combined.__dict__ = optimizer.__dict__
+    combined._mapl = runtime
+    combined._mapl_group = {
+        "params": [],
+        "lr": 0.0,
+        "max_lr": config.lr * multiplier,
+        "min_lr": (config.min_lr or 0.0) * multiplier,
+        "wd_mult": 0.0,
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+        "default_config": False,
+    }
+    return combined
+
+
+def without_anchor_decay(config_overrides: dict[Any, Any] | None) -> dict[Any, Any]:
+    """Adds to Megatron's overrides: anchor tables, like norms, have no weight decay."""
+    return {**(config_overrides or {}), ParamKey(attr="is_mapl_anchor"): {"wd_mult": 0.0}}

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composes a pretraining job: flags, mends, hooks, then Megatron's own training loop.
+
+Everything that is replaced in Megatron for the boundaries' sake stands in `_hook_into_megatron`;
+mends of its faults stand in upstream.py and the stand-ins for a GPU in cpu.py.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import schedules
+from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training import training as megatron_training
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from mapl.payload import id_dtype
+from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
+from megatron.mapl.errors import exit_with_error
+from megatron.mapl.optimizer import with_projectors, without_anchor_decay
+from megatron.mapl.p2p_communication import MaplP2PCommunicator
+from megatron.mapl.patching import replace
+from megatron.mapl.runtime import MaplRuntime
+
+
+def run(*, program_start: float, cpu_mode: bool) -> None:
+    """Runs the job that the command line describes, to its end.
+
+    Args:
+        program_start: when the process started, for Megatron's timing report.
+        cpu_mode: whether `cpu.install` went to CPU mode.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    if cpu_mode:
+        cpu.patch_megatron()
+    upstream.install()
+    checkpoint.install_checkpoint_args()
+    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    try:
+        args = _parse(cpu_mode)
+        model_config = gpt_config_from_args(args)
+        runtime = _runtime(args, model_config)
+    except ValueError as error:
+        exit_with_error(error)
+    model_config.pre_wrap_hooks.append(partial(_agree, args=args))
+    checkpoint.install_guard(args, runtime)
+    if runtime is not None:
+        _hook_into_megatron(model_config, runtime)
+    wrapped_pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt.build_datasets,
+        ModelType.encoder_or_decoder,
+        gpt.forward_step,
+        store=store,
+        get_embedding_ranks=gpt.get_embedding_ranks,
+    )
+    if runtime is not None:
+        metrics.write_traffic(runtime)
+    if cpu_mode:
+        cpu.shut_down()
+
+
+def _parse(cpu_mode: bool) -> Any:
+    """Megatron's namespace, with our flags and, without a GPU, with what CPU mode sets.
+
+    Raises:
+        ValueError: bad input; the message names the flag, its value and the remedy.
+    """
+
+    def add_arguments(parser: Any) -> Any:
+        if cpu_mode:
+            parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
+        return arguments.add_arguments(parser)
+
+    args = parse_and_validate_args(
+        extra_args_provider=add_arguments, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+    )
+    gpt.check_arguments(args)
+    if cpu_mode:
+        cpu.check_arguments(args)
+        print_rank_0("> no GPU on this machine: CPU mode, with gloo between processes")
+    return args
+
+
+def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
+    """What the boundaries need, or None for plain Megatron.
+
+    Raises:
+        ValueError: as `_parse`.
+    """
+    config = arguments.config_from_args(args)
+    if config is None:
+        return None
+    arguments.check_supported(args, config)
+    pipeline = args.pipeline_model_parallel_size
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    runtime = MaplRuntime(
+        config=config,
+        plan=config.plan(
+            hidden_size=args.hidden_size,
+            boundaries=0 if pipeline == 1 else pipeline * virtual - 1,
+        ),
+        vocab_size=_padded_vocab_size(args),
+        pipeline_size=pipeline,
+        pipeline_dtype=model_config.transformer.pipeline_dtype,
+        seed=args.seed,
+    )
+    id_dtype(runtime.vocab_size)  # refuses a vocabulary that no id type holds
+    return runtime
+
+
+def _padded_vocab_size(args: Any) -> int:
+    """Tokens of the model's vocabulary, padded as Megatron pads it."""
+    if args.padded_vocab_size is not None:
+        return int(args.padded_vocab_size)
+    return int(
+        calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        )
+    )
+
+
+def _agree(chunks: list[Any], args: Any) -> list[Any]:
+    """Pre-wrap hook on every process, plain ones too: a peer with other flags would hang."""
+    try:
+        arguments.check_same_on_all_ranks(args)
+    except ValueError as error:
+        exit_with_error(error)
+    return chunks
+
+
+def _hook_into_megatron(model_config: Any, runtime: MaplRuntime) -> None:
+    """The seams: model, gradients, communicator, optimizer, logging."""
+    model_config.pre_wrap_hooks.append(partial(model.attach, runtime=runtime))
+    model_config.transformer.finalize_model_grads_func = partial(grads.finalize, runtime=runtime)
+    # Looked up at each schedule call, which builds a communicator a step.
+    replace(schedules, "P2PCommunicator", partial(MaplP2PCommunicator, runtime=runtime))
+
+    build_optimizer = megatron_training.get_megatron_optimizer
+
+    def build_with_projectors(config: Any, chunks: Any, **kwargs: Any) -> Any:
+        kwargs["config_overrides"] = without_anchor_decay(kwargs.get("config_overrides"))
+        return with_projectors(build_optimizer(config, chunks, **kwargs), config, runtime)
+
+    replace(megatron_training, "get_megatron_optimizer", build_with_projectors)
+    metrics.install(runtime)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one process of a MAPL job holds beside Megatron's own state."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from mapl.config import BoundaryPlan, MaplConfig
+from mapl.payload import PayloadGuard
+from mapl.traffic import Ledger
+
+if TYPE_CHECKING:
+    from mapl.projectors import Projector
+    from megatron.mapl.model import Port, StageBoundaries
+
+
+@dataclass
+class MaplRuntime:
+    """Built once by `pretraining.run` and handed to everything that hooks into Megatron.
+
+    Attributes:
+        config: the flags.
+        plan: the ranks of the boundaries.
+        vocab_size: tokens of the padded vocabulary.
+        pipeline_size: P, stages that are processes.
+        pipeline_dtype: the dtype of activations between stages.
+        seed: Megatron's `--seed`.
+        stages: the model chunks of this process, in order, once the model is built.
+        ledger, guard: bytes sent, payloads checked.
+        communication_seconds: host time spent in exchanges and in waiting for them.
+        training_seconds: time of the steps of this run, without the first.
+        steps, tokens: of this run.
+    """
+
+    config: MaplConfig
+    plan: BoundaryPlan
+    vocab_size: int
+    pipeline_size: int
+    pipeline_dtype: torch.dtype
+    seed: int
+    stages: list["StageBoundaries"] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    guard: PayloadGuard = field(default_factory=PayloadGuard)
+    communication_seconds: float = 0.0
+    training_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+    def inlets(self) -> list["Port"]:
+        """The receiving ends of boundaries in this process, in pipeline order."""
+        return [stage.inlet for stage in self.stages if stage.inlet is not None]
+
+    def outlets(self) -> list["Port"]:
+        """The sending ends of boundaries in this process, in pipeline order."""
+        return [stage.outlet for stage in self.stages if stage.outlet is not None]
+
+    def ports(self) -> list["Port"]:
+        """Both, ordered by boundary; the order is the same on both sides of every link."""
+        return sorted(self.inlets() + self.outlets(), key=lambda port: port.boundary)
+
+    def projectors(self) -> list["Projector"]:
+        """The projectors in this process, ordered by boundary."""
+        return [port.projector for port in self.ports() if port.projector is not None]
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Books the time inside as communication."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.communication_seconds += time.perf_counter() - start

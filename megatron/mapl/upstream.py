@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mends of faults in Megatron-LM, each with the versions that need it.
+
+All mends stand in `MENDS`. They apply on CPU and GPU alike, change nothing where the fault does not
+show, and refuse to start when the symbol that they mend has moved.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+
+from megatron.mapl.patching import replace
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One fault: what goes wrong, in which megatron-core versions, and the function that mends it."""
+
+    fault: str
+    versions: str
+    apply: Callable[[], None]
+
+
+def _skip_compiling_prebuilt_helpers() -> None:
+    import megatron.core.datasets.utils as utils
+
+    compile_helpers = utils.compile_helpers
+
+    def compile_if_missing() -> None:
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            compile_helpers()
+
+    replace(utils, "compile_helpers", compile_if_missing)
+
+
+def _torch_norm_under_sequence_parallelism() -> None:
+    import megatron.core.transformer.torch_norm as torch_norm
+
+    build = torch_norm.WrappedTorchNorm.__new__
+
+    def build_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return build(cls, config, *args, **kwargs)
+        config.sequence_parallel = False
+        try:
+            norm = build(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = True
+        # Megatron sums the gradients of parameters with this tag over tensor parallel ranks.
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    replace(torch_norm.WrappedTorchNorm, "__new__", build_norm)
+
+
+def _distributed_optimizer_resume() -> None:
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return  # their Adam keeps one step for a parameter group: none of the four faults shows
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    state_dict = optimizer_class.state_dict
+    load_state_dict = optimizer_class.load_state_dict
+    set_states = optimizer_class._set_main_param_and_optimizer_states
+
+    def state_dict_with_state(self: Any) -> Any:
+        """Fault 1: `state_dict` reads "step" of a state that is empty before the first step."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    _allocate_adam_state(self.optimizer.state[parameter], parameter)
+        return state_dict(self)
+
+    def set_states_keeping_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        """Faults 2 and 3: copies into a leaf that requires grad, and wants a tensor for "step"."""
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        step = self.optimizer.state[main_param].get("step")
+        with torch.no_grad():
+            set_states(self, model_param, tensors if step is None else {**tensors, "step": step})
+
+    def load_state_dict_with_own_steps(self: Any, state: Any) -> None:
+        """Fault 4: one "step" tensor is shared by all parameters, so it counts once for each."""
+        load_state_dict(self, state)
+        for parameter_state in self.optimizer.state.values():
+            if torch.is_tensor(parameter_state.get("step")):
+                parameter_state["step"] = parameter_state["step"].clone()
+
+    replace(optimizer_class, "state_dict", state_dict_with_state)
+    replace(optimizer_class, "_set_main_param_and_optimizer_states", set_states_keeping_step)
+    replace(optimizer_class, "load_state_dict", load_state_dict_with_own_steps)
+
+
+def _allocate_adam_state(state: dict[str, Any], parameter: torch.Tensor) -> None:
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+MENDS = (
+    Mend(
+        "compile_helpers runs make in a wheel that has no Makefile, though the extension is built",
+        ">=0.17,<0.20",
+        _skip_compiling_prebuilt_helpers,
+    ),
+    Mend(
+        "torch's norms, used without Transformer Engine and Apex, refuse sequence parallelism",
+        ">=0.17,<0.20",
+        _torch_norm_under_sequence_parallelism,
+    ),
+    Mend(
+        "DistributedOptimizer over torch AdamW (no Transformer Engine, no Apex) fails to resume",
+        ">=0.17,<0.20",
+        _distributed_optimizer_resume,
+    ),
+)
+
+
+def install() -> None:
+    """Applies the mends that the installed megatron-core needs; to be called once.
+
+    Raises:
+        RuntimeError: a mended symbol has moved.
+    """
+    version = importlib.metadata.version("megatron-core")
+    for mend in MENDS:
+        if version in SpecifierSet(mend.versions, prereleases=True):
+            mend.apply()
