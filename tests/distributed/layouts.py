@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parallel layouts that boundaries must work in, as arguments of pretrain_gpt.py."""
+
+from dataclasses import dataclass
+
+HIDDEN = 64
+
+MODEL = (
+    f"--num-layers 4 --hidden-size {HIDDEN} --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 16 --train-iters 4 "
+    "--lr 3e-3 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1 --eval-iters 1 "
+    "--eval-interval 100 --position-embedding-type rope --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 "
+    "--attention-dropout 0 --split 90,5,5"
+).split()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread the model.
+
+    Attributes:
+        world_size: processes.
+        arguments: beside MODEL; a later value of a flag wins.
+        without: flags of MODEL to leave out.
+    """
+
+    world_size: int
+    arguments: str
+    without: tuple[str, ...] = ()
+
+    def command(self, *more: str) -> list[str]:
+        """The whole command line."""
+        kept = [argument for argument in MODEL if argument not in self.without]
+        return [*kept, *self.arguments.split(), *" ".join(more).split()]
+
+
+PP2 = "--pipeline-model-parallel-size 2"
+PP4 = "--pipeline-model-parallel-size 4"
+VPP = "--num-virtual-stages-per-pipeline-rank 2"
+DIST_OPT = "--use-distributed-optimizer"
+
+LAYOUTS = {
+    "pp2": Layout(2, PP2),
+    "pp4": Layout(4, PP4),
+    "pp2-unbatched": Layout(2, f"{PP2} --overlap-p2p-communication-warmup-flush {VPP}"),
+    "pp2-vpp2-overlapped": Layout(2, f"{PP2} {VPP}"),
+    "pp2-vpp2-group4": Layout(
+        2, f"{PP2} {VPP} --microbatch-group-size-per-virtual-pipeline-stage 4"
+    ),
+    "pp4-vpp2": Layout(4, f"{PP4} {VPP} --no-overlap-p2p-communication --num-layers 8"),
+    "tp2-pp2": Layout(4, f"{PP2} --tensor-model-parallel-size 2"),
+    "tp2-sp-pp2": Layout(4, f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2-dp2": Layout(4, PP2),
+    "pp2-dp2-distributed-optimizer": Layout(4, f"{PP2} {DIST_OPT}"),
+    "pp2-dp2-distributed-optimizer-overlaps": Layout(
+        4, f"{PP2} {DIST_OPT} --overlap-grad-reduce --overlap-param-gather"
+    ),
+    "bf16": Layout(2, f"{PP2} --bf16 {DIST_OPT}"),
+    "fp16": Layout(2, f"{PP2} --fp16 --initial-loss-scale 4294967296 --train-iters 14"),
+    "muon": Layout(2, f"{PP2} --optimizer muon"),
+    "per-token-loss": Layout(4, f"{PP2} --calculate-per-token-loss"),
+    "moe-ep2": Layout(
+        4,
+        f"{PP2} --num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2 "
+        "--moe-token-dispatcher-type alltoall",
+    ),
+    "mtp": Layout(2, f"{PP2} --mtp-num-layers 1"),
+    "tied-embeddings": Layout(2, PP2, without=("--untie-embeddings-and-output-weights",)),
+    "full-recompute": Layout(
+        2, f"{PP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job's process notes for the test: losses, gradient norms, projectors, at full precision."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+
+def import_all() -> None:
+    """Imports what a training job imports."""
+    from megatron.mapl import pretraining  # noqa: F401
+
+
+def run(path: Path, job: dict[str, Any]) -> None:
+    """Runs the job with the arguments in sys.argv and saves the record at `path`."""
+    import torch
+    from megatron.training import training
+
+    from megatron.mapl import metrics, pretraining
+
+    record: dict[str, Any] = {"loss": [], "grad_norm": [], "validation": [], "projectors": {}}
+    if job["tamper"]:
+        import tampering
+
+        getattr(tampering, job["tamper"])(record)
+    log, evaluate = training.training_log, training.evaluate
+
+    def noting_log(loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        record["loss"] += [float(value) for key, value in loss_dict.items() if key == "lm loss"]
+        record["grad_norm"].append(args[5])
+        return log(loss_dict, *args, **kwargs)
+
+    def noting_evaluate(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        if result[0]:
+            record["validation"] += [float(v) for k, v in result[0].items() if k == "lm loss"]
+        return result
+
+    training.training_log, training.evaluate = noting_log, noting_evaluate
+    attach = pretraining.model.attach
+
+    def noting_attach(chunks: Any, runtime: Any) -> Any:
+        attach(chunks, runtime)
+        record["runtime"] = runtime
+        record["start"] = projectors(runtime)
+        return chunks
+
+    pretraining.model.attach = noting_attach
+    assert metrics  # imported before the hooks are placed
+    try:
+        if job["plain"]:
+            import plain_megatron
+
+            plain_megatron.run()
+        else:
+            pretraining.run(program_start=time.time(), cpu_mode=True)
+    finally:
+        runtime = record.pop("runtime", None)
+        if runtime is not None:
+            record["projectors"] = projectors(runtime)
+            record["anchors"] = [
+                {name: tensor.detach().clone() for name, tensor in stage.anchor.state_dict().items()}
+                for stage in runtime.stages
+            ]
+        torch.save(record, path)
+
+
+def projectors(runtime: Any) -> dict[tuple[int, str], Any]:
+    """(boundary, side) → copies of A and momentum."""
+    inlets = {id(port) for port in runtime.inlets()}
+    return {
+        (port.boundary, "inlet" if id(port) in inlets else "outlet"): {
+            name: tensor.detach().clone() for name, tensor in port.projector.state_dict().items()
+        }
+        for port in runtime.ports()
+        if port.projector is not None
+    }

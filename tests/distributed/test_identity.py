@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A square orthogonal projector over the byte wire must train exactly as plain Megatron does."""
+
+import pytest
+from cluster import Cluster
+from layouts import HIDDEN, LAYOUTS
+
+#: A and Aᵀ round once each in the model's dtype, so half precision agrees to fewer digits.
+TOLERANCE = {"bf16": 2e-3, "fp16": 2e-3}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_square_projector_equals_plain_megatron(cluster: Cluster, name: str) -> None:
+    layout = LAYOUTS[name]
+    plain = cluster.run(layout.world_size, layout.command(), plain=True)
+    mapl = cluster.run(
+        layout.world_size, layout.command(f"--mapl-rank {HIDDEN} --mapl-anchor none")
+    )
+    assert len(plain.losses) >= 4
+    tolerance = TOLERANCE.get(name, 1e-6)
+    assert mapl.losses == pytest.approx(plain.losses, rel=tolerance)
+    assert mapl.validation == pytest.approx(plain.validation, rel=tolerance)
+    assert plain.losses[-1] < plain.losses[0] - 0.05  # it trained
