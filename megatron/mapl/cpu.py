@@ -184,6 +184,8 @@ def install() -> bool:
     # Keeps torch's own data loader from pinning memory.
     replace(torch.accelerator, "is_available", _always(False))
     replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    # torch's compiler would ask the stand-ins for the properties of a real device.
+    torch.compiler.set_stance("force_eager")
     _CudaMeansCpu().__enter__()  # for the life of the process
     return True
 

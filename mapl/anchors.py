@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchors: what a token's identity alone says about its activation, taken off before projection.
+
+The anchor of a token is C·P: coordinates C = E[ids], k wide, times a basis P of k orthonormal
+rows, d wide. Callers get C and P apart, so that nothing d wide need be formed (mapl.boundary).
+
+One anchor belongs to each stage, not to each boundary: stage p+1 decodes at its input and encodes
+at its output with the same E_{p+1}. The two sides of a boundary therefore use different tables,
+E_p to encode and E_{p+1} to decode, and train them apart.
+
+Shapes: V vocabulary, d hidden size, r_a anchor rank, k coordinate width (r_a or d).
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mapl.fp32 import keep_dtype
+from mapl.stiefel import random_stiefel
+
+
+class Anchor(nn.Module):
+    """What every anchor has.
+
+    Attributes:
+        basis: P [k, d] fp32 with orthonormal rows; None stands for the identity, k = d.
+        uses_ids: whether ``forward`` looks at the ids, so that they must reach this stage.
+    """
+
+    uses_ids: bool
+    basis: Tensor | None
+
+    def forward(self, ids: Tensor) -> Tensor | None:
+        """Coordinates of the tokens.
+
+        Args:
+            ids: token ids of any integer dtype and any shape, here [s, b].
+
+        Returns:
+            C [*ids.shape, k] in the model's dtype, or None if there is no anchor.
+
+        Raises:
+            ValueError: ids that are not integers.
+        """
+        raise NotImplementedError
+
+
+class NoAnchor(Anchor):
+    """No anchor: Z = X·A."""
+
+    uses_ids = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.basis = None
+
+    def forward(self, ids: Tensor) -> None:
+        """None, whatever the ids."""
+        return None
+
+
+class FactorizedAnchor(Anchor):
+    """A trained table E ∈ R^{V×r_a} times a fixed basis P ∈ R^{r_a×d} (arXiv 2606.05484).
+
+    E starts at zero and follows the model's dtype. P is random with orthonormal rows and stays
+    fp32, on the grid of no narrower type.
+
+    Args:
+        vocab_size: V.
+        hidden_size: d.
+        anchor_rank: r_a, 1 ≤ r_a ≤ d. It costs no traffic.
+        generator: private CPU generator, seeded per stage.
+
+    Raises:
+        ValueError: sizes out of range.
+    """
+
+    uses_ids = True
+    basis: Tensor
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, anchor_rank: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        _check_sizes(vocab_size, hidden_size)
+        if not 1 <= anchor_rank <= hidden_size:
+            raise ValueError(
+                f"anchor rank must lie between 1 and the hidden size {hidden_size}, "
+                f"got {anchor_rank}"
+            )
+        self.E = nn.Parameter(torch.zeros(vocab_size, anchor_rank))
+        rows = random_stiefel(hidden_size, anchor_rank, generator).mT.contiguous()
+        self.register_buffer("basis", rows)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """C [*ids.shape, r_a]; E gets its gradient from the lookup's own backward."""
+        return _lookup(ids, self.E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        basis = self.basis
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.basis = keep_dtype(fn)(basis)
+        return self
+
+
+class FullAnchor(Anchor):
+    """A trained table E ∈ R^{V×d}, from zero: the upper bound, at V·d parameters a stage.
+
+    Args:
+        vocab_size: V.
+        hidden_size: d.
+
+    Raises:
+        ValueError: sizes below 1.
+    """
+
+    uses_ids = True
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        _check_sizes(vocab_size, hidden_size)
+        self.E = nn.Parameter(torch.zeros(vocab_size, hidden_size))
+        self.basis = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """C [*ids.shape, d]."""
+        return _lookup(ids, self.E)
+
+
+class StaticAnchor(Anchor):
+    """A frozen table drawn from N(0, std²), as in Subspace Networks (arXiv 2506.01260).
+
+    It cancels between encoder and decoder only if both hold the same table: unlike the trained
+    anchors, every stage must seed its generator alike. The table follows the model's dtype.
+
+    Args:
+        vocab_size: V.
+        hidden_size: d.
+        generator: private CPU generator, seeded the same on every stage.
+        std: standard deviation.
+
+    Raises:
+        ValueError: sizes below 1.
+    """
+
+    uses_ids = True
+    table: Tensor
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, generator: torch.Generator, std: float = 0.02
+    ) -> None:
+        super().__init__()
+        _check_sizes(vocab_size, hidden_size)
+        normal = torch.randn(vocab_size, hidden_size, generator=generator, device="cpu")
+        self.register_buffer("table", normal.mul_(std))
+        self.basis = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """C [*ids.shape, d]; nothing here is trained."""
+        return _lookup(ids, self.table)
+
+
+def _check_sizes(vocab_size: int, hidden_size: int) -> None:
+    if vocab_size < 1 or hidden_size < 1:
+        raise ValueError(
+            f"an anchor needs a vocabulary and a hidden size of at least 1, "
+            f"got {vocab_size} and {hidden_size}"
+        )
+
+
+def _lookup(ids: Tensor, table: Tensor) -> Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    return F.embedding(ids.long(), table)
+
+
+_BUILDERS: dict[str, Callable[[int, int, int, torch.Generator], Anchor]] = {
+    "none": lambda vocab, hidden, rank, generator: NoAnchor(),
+    "factorized": FactorizedAnchor,
+    "static": lambda vocab, hidden, rank, generator: StaticAnchor(vocab, hidden, generator),
+    "full": lambda vocab, hidden, rank, generator: FullAnchor(vocab, hidden),
+}
+
+
+def build_anchor(
+    kind: str,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    anchor_rank: int,
+    generator: torch.Generator,
+) -> Anchor:
+    """The anchor that ``kind`` names: none, factorized, static or full.
+
+    Args:
+        kind: its name.
+        vocab_size: V.
+        hidden_size: d.
+        anchor_rank: r_a; the factorized anchor alone has one.
+        generator: private CPU generator; see the class for what it must share with other stages.
+
+    Raises:
+        ValueError: a name that is not in the table, or sizes out of range.
+    """
+    if kind not in _BUILDERS:
+        raise ValueError(f"unknown anchor {kind!r}; choose one of {', '.join(_BUILDERS)}")
+    return _BUILDERS[kind](vocab_size, hidden_size, anchor_rank, generator)

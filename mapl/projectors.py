@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projectors: the matrix A ∈ R^{d×r} of one boundary, and how it moves.
+
+Both sides of a boundary hold a copy. Each side accumulates its own part of dA over the
+micro-batches of a step; once the parts have been summed, both sides take the same step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from mapl.fp32 import keep_dtype
+from mapl.spel import spel_step
+from mapl.stiefel import msign, random_stiefel
+
+MOMENTUM = 0.9
+
+
+class Projector(nn.Module):
+    """What every projector has. A, momentum and gradient stay fp32 in a model of any dtype.
+
+    Args:
+        hidden_size: d.
+        rank: r, 1 ≤ r ≤ d.
+        generator: private CPU generator; the two sides of a boundary seed theirs alike.
+
+    Attributes:
+        A: [d, r] fp32 parameter that no other optimizer sees (``requires_grad`` is False).
+        momentum: [d, r] fp32 buffer, or None.
+        grad: [d, r] fp32, the sum of dA since ``zero_grad``, or None. Not in the state dict.
+        skipped_steps: 0-dim int64 on A's device, steps skipped since construction. Not in the
+            state dict.
+        learns: whether A moves at all. If not, no dA need be formed.
+
+    Raises:
+        ValueError: not 1 ≤ rank ≤ hidden_size.
+    """
+
+    learns: bool
+    momentum: Tensor | None
+    grad: Tensor | None
+    skipped_steps: Tensor
+
+    def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.A = nn.Parameter(random_stiefel(hidden_size, rank, generator), requires_grad=False)
+        self.grad = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.A.device)
+
+    def accumulate(self, dA: Tensor) -> None:
+        """Add one micro-batch's part of dA, [d, r] fp32."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Start a new sum of dA. The accumulator stays allocated, whatever ``set_to_none`` says."""
+        if self.grad is not None:
+            self.grad.zero_()
+
+    def step(self, lr: float) -> Tensor:
+        """Move A by ``grad`` at learning rate ``lr``; return ``ok``, a 0-dim bool tensor.
+
+        Where ``ok`` is False the gradient was not finite, nothing has moved, and
+        ``skipped_steps`` has grown by one. Nothing waits for the device.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        follow = keep_dtype(fn)
+        super()._apply(follow, recurse)  # type: ignore[no-untyped-call]
+        self.skipped_steps = follow(self.skipped_steps)
+        if self.grad is not None:
+            self.grad = follow(self.grad)
+        return self
+
+
+class FixedProjector(Projector):
+    """A random orthonormal A that never moves: the paper's "fixed orthogonal" ablation."""
+
+    learns = False
+
+    def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__(hidden_size, rank, generator)
+        self.momentum = None
+
+    def accumulate(self, dA: Tensor) -> None:
+        """Nothing: there is no gradient to keep."""
+
+    def step(self, lr: float) -> Tensor:
+        """Nothing; always ok."""
+        return torch.ones((), dtype=torch.bool, device=self.A.device)
+
+
+class _MovingProjector(Projector):
+    """Accumulator, momentum and skipped steps, shared by the projectors that learn."""
+
+    learns = True
+    momentum: Tensor
+    grad: Tensor
+
+    def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__(hidden_size, rank, generator)
+        self.register_buffer("momentum", torch.zeros_like(self.A))
+        self.grad = torch.zeros_like(self.A)
+
+    def accumulate(self, dA: Tensor) -> None:
+        """Add one micro-batch's part of dA, [d, r] fp32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if dA.shape != self.A.shape:
+            raise ValueError(f"dA must have A's shape {tuple(self.A.shape)}, got {tuple(dA.shape)}")
+        self.grad.add_(dA)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Move A and the momentum in place; see :meth:`Projector.step`."""
+        a, momentum, ok = self._update(lr)
+        self.A.copy_(a)
+        self.momentum.copy_(momentum)
+        self.skipped_steps.add_(~ok)
+        return ok
+
+    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """New A, new momentum and ok, changing nothing."""
+        raise NotImplementedError
+
+
+class LearnedProjector(_MovingProjector):
+    """A learned on the Stiefel manifold by SPEL (arXiv 2606.05484, 2601.21487), β = 0.9.
+
+    ``step`` raises ValueError unless 0 ≤ lr < 1.
+    """
+
+    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        return spel_step(self.A, self.grad, self.momentum, lr, MOMENTUM)
+
+
+class UnconstrainedProjector(_MovingProjector):
+    """A learned without the manifold: the paper's Muon ablation, β = 0.9.
+
+    m ← β m + (1 − β) g;  A ← A − α msign(m). Only the start is orthonormal. ``step`` raises
+    ValueError for a learning rate that is negative or not finite.
+    """
+
+    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"projector learning rate must be finite and >= 0, got {lr}")
+        momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * self.grad
+        ok = momentum.isfinite().all()
+        a = self.A - lr * msign(momentum)
+        return torch.where(ok, a, self.A), torch.where(ok, momentum, self.momentum), ok
+
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "learned": LearnedProjector,
+    "fixed": FixedProjector,
+    "unconstrained": UnconstrainedProjector,
+}
