@@ -26,6 +26,7 @@ MAGIC = int.from_bytes(b"MAPL", "little")
 FORMAT_VERSION = 1
 WORD = 8
 HEADER_WORDS = 4
+_SEQUENCE = 2  # the header's word that changes from payload to payload
 
 #: Stands for "no payload" where a sequence number is expected.
 _NONE = torch.iinfo(torch.int64).max
@@ -117,7 +118,7 @@ def pack(
         )
     payload = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=body.device)
     words = payload.view(torch.int64)
-    words[:HEADER_WORDS] = torch.tensor(layout.header(sequence), dtype=torch.int64)
+    words[:HEADER_WORDS] = _header(layout, sequence, body.device)
     start = HEADER_WORDS * WORD
     if ids is not None:
         payload[start : start + layout.id_bytes] = (
@@ -179,7 +180,7 @@ class PayloadGuard:
 
         What is wrong shows in the next `raise_if_faulty`.
         """
-        due = torch.tensor(layout.header(sequence)).to(words.device, non_blocking=True)
+        due = _header(layout, sequence, words.device)
         bad = (words[:HEADER_WORDS] != due).any() | (checksum(words[:-1]) != words[-1])
         # The first bad payload is the one to name.
         mark = torch.where(bad, sequence, _NONE)
@@ -213,6 +214,18 @@ def checksum(words: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _odd_numbers(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(1, 2 * count, 2, dtype=torch.int64, device=device)
+
+
+def _header(layout: PayloadLayout, sequence: int, device: torch.device) -> torch.Tensor:
+    """The header on the device, without a copy from the host that would wait for it."""
+    header = _unnumbered_header(layout, device).clone()
+    header[_SEQUENCE].fill_(sequence)
+    return header
+
+
+@lru_cache(maxsize=64)
+def _unnumbered_header(layout: PayloadLayout, device: torch.device) -> torch.Tensor:
+    return torch.tensor(layout.header(0), device=device)
 
 
 def _words(size: int) -> int:

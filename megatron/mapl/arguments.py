@@ -2,7 +2,6 @@
 """`MaplConfig` ↔ the `--mapl-*` flags, and what they refuse beside Megatron's own."""
 
 import argparse
-import json
 from copy import copy
 from dataclasses import MISSING, asdict, fields
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from mapl.config import MaplConfig
+from megatron.mapl import gpt
 
 PREFIX = "mapl_"
 
@@ -77,19 +77,15 @@ _UNSUPPORTED = {
         "--overlap-moe-expert-parallel-comm",
         "its schedule sends activations before the model's hooks see them",
     ),
-    "variable_seq_lengths": (
-        "--variable-seq-lengths",
-        "the sizes of payloads are fixed",
-    ),
     "use_ring_exchange_p2p": (
         "--use-ring-exchange-p2p",
         "it needs a build of PyTorch that sends activations in a ring",
     ),
     "mtp_standalone": ("--mtp-standalone", "it sends several tensors over one boundary"),
-    "use_torch_fsdp2": ("--use-torch-fsdp2", "it replaces Megatron's wrapping of the model"),
     "use_megatron_fsdp": ("--use-megatron-fsdp", "it replaces Megatron's wrapping of the model"),
-    "heterogeneous_layers_config_path": (
-        "--heterogeneous-layers-config-path",
+    # Megatron fills it from --heterogeneous-layers-config-path too.
+    "heterogeneous_layers_config_encoded_json": (
+        "--heterogeneous-layers-config-path (or -encoded-json)",
         "cuts are named by counts of equal layers",
     ),
 }
@@ -103,7 +99,9 @@ def check_supported(args: Any, config: MaplConfig) -> None:
     """
     for dest, (flag, why) in _UNSUPPORTED.items():
         if getattr(args, dest, None):
-            raise ValueError(f"{flag} cannot be used with --mapl-rank: {why}; leave one of them out")
+            raise ValueError(
+                f"{flag} cannot be used with --mapl-rank: {why}; leave one of them out"
+            )
     if getattr(args, "cuda_graph_impl", "none") != "none":
         raise ValueError(
             f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with --mapl-rank: payloads "
@@ -114,9 +112,29 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             f"--ckpt-format {args.ckpt_format} cannot be used with --mapl-rank; use --ckpt-format "
             "torch_dist"
         )
+    if _mtp_before_last_stage(args):
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} cannot be "
+            "used with --mapl-rank: its prediction layers (m) send several tensors over one boundary; "
+            "put them into the last stage, before L"
+        )
+    step = (args.lr or 0.0) * config.projector_lr_mult
+    if config.projector == "learned" and step >= 1:
+        raise ValueError(
+            f"--mapl-projector-lr-mult {config.projector_lr_mult} times --lr {args.lr} is "
+            f"{step:g}, but a step on the manifold must be shorter than 1; lower one of them"
+        )
     virtual = args.virtual_pipeline_model_parallel_size
     if virtual is not None:
         _check_links(config, args.pipeline_model_parallel_size, virtual)
+
+
+def _mtp_before_last_stage(args: Any) -> bool:
+    """Whether the layout puts multi-token prediction into another process than the loss."""
+    if args.pipeline_model_parallel_layout is None or not args.mtp_num_layers:
+        return False
+    layout = gpt.pipeline_layout(args)
+    return bool(layout.validate_layer_layout(args.num_layers, args.mtp_num_layers))
 
 
 def _check_links(config: MaplConfig, pipeline: int, virtual: int) -> None:
@@ -140,19 +158,29 @@ def check_same_on_all_ranks(args: Any) -> None:
     Raises:
         ValueError: names a process whose settings differ from those of rank 0, and both.
     """
-    own = json.dumps({k: v for k, v in sorted(vars(args).items()) if k.startswith(PREFIX)})
+    own = {name: value for name, value in sorted(vars(args).items()) if name.startswith(PREFIX)}
     settings: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(settings, own)
+    first = settings[0]
     for rank, other in enumerate(settings):
-        if other != settings[0]:
-            first, differing = json.loads(settings[0]), json.loads(other)
-            names = [name for name in first if first[name] != differing[name]]
-            raise ValueError(
-                "--mapl-* flags differ between processes: "
-                + "; ".join(
-                    f"--{name.replace('_', '-')} is {first[name]} on rank 0 and {differing[name]} "
-                    f"on rank {rank}"
-                    for name in names
-                )
-                + "; start all processes with the same flags"
-            )
+        if other == first:
+            continue
+        names = [name for name in first if first[name] != other[name]]
+        if first["mapl_rank"] is None or other["mapl_rank"] is None:
+            names = ["mapl_rank"]  # without it all others are unset
+        differences = [
+            f"--{name.replace('_', '-')} is {_said(first[name])} on rank 0 and "
+            f"{_said(other[name])} on rank {rank}"
+            for name in names
+        ]
+        raise ValueError(
+            f"--mapl-* flags differ between processes: {'; '.join(differences)}; start all "
+            "processes with the same flags"
+        )
+
+
+def _said(value: Any) -> str:
+    """A setting as it stands on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "not set" if value is None else str(value)

@@ -3,11 +3,38 @@
 
 import os
 import sys
+from datetime import timedelta
 from typing import NoReturn
+
+import torch.distributed as dist
+
+#: How long to look for torchrun's store; it was there when this process started.
+_STORE_SECONDS = 10
 
 
 def exit_with_error(error: Exception) -> NoReturn:
-    """Prints the message once, from rank 0, and ends this process with status 2."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Prints the message once for the job and ends this process with status 2."""
+    if _is_first_to_report():
         print(f"pretrain_gpt.py: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _is_first_to_report() -> bool:
+    """Whether to print: most errors are seen by all processes, but some by one alone.
+
+    torchrun's store decides, and whoever asks it first reports. Where there is none, the first
+    process of each node does.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=_STORE_SECONDS),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.add(f"mapl/error/{attempt}", 1) == 1)
+    except dist.DistError:
+        return True  # said twice is better than not at all

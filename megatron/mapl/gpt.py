@@ -11,6 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -28,11 +29,19 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 SPIKY_LOSS_FACTOR = 10
 
 
+def pipeline_layout(args: Any) -> Any:
+    """Megatron's `PipelineParallelLayerLayout` of --pipeline-model-parallel-layout, or None."""
+    layout = args.pipeline_model_parallel_layout
+    if isinstance(layout, str):  # Megatron parses it for the model's configuration alone
+        return PipelineParallelLayerLayout.from_str(layout, args.pipeline_model_parallel_size)
+    return layout
+
+
 def _computes_mtp(args: Any, vp_stage: int | None) -> bool:
     """Whether this stage holds multi-token prediction layers, which need tokens and labels."""
     return bool(
         mtp_on_this_rank(
-            layout=args.pipeline_model_parallel_layout,
+            layout=pipeline_layout(args),
             mtp_num_layers=args.mtp_num_layers,
             ignore_virtual=False,
             vp_stage=vp_stage,
@@ -90,9 +99,7 @@ def _validate_loss(loss: torch.Tensor) -> None:
         checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
         checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
     if args.check_for_spiky_loss:
-        spiky = partial(
-            machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
-        )
+        spiky = partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         checks.append((spiky, "Spiky loss", False))
     for rejects, message, fatal in checks:
         # The forward pass is deterministic: a second computation must give the same loss.

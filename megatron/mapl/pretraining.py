@@ -145,6 +145,7 @@ def _hook_into_megatron(model_config: Any, runtime: MaplRuntime) -> None:
     build_optimizer = megatron_training.get_megatron_optimizer
 
     def build_with_projectors(config: Any, chunks: Any, **kwargs: Any) -> Any:
+        checkpoint.check_sides(runtime)  # both drew the same projector, whatever their hardware
         kwargs["config_overrides"] = without_anchor_decay(kwargs.get("config_overrides"))
         return with_projectors(build_optimizer(config, chunks, **kwargs), config, runtime)
 

@@ -58,8 +58,9 @@ LAYOUTS = {
         4, f"{PP2} {DIST_OPT} --overlap-grad-reduce --overlap-param-gather"
     ),
     "bf16": Layout(2, f"{PP2} --bf16 {DIST_OPT}"),
-    "fp16": Layout(2, f"{PP2} --fp16 --initial-loss-scale 4294967296 --train-iters 14"),
-    "muon": Layout(2, f"{PP2} --optimizer muon"),
+    "fp16": Layout(2, f"{PP2} --fp16 --initial-loss-scale 4294967296 --train-iters 18"),
+    # Newton-Schulz in bf16, Muon's default, would turn the last digits of a gradient into others.
+    "muon": Layout(2, f"{PP2} --optimizer muon --muon-fp32-matmul-prec high"),
     "per-token-loss": Layout(4, f"{PP2} --calculate-per-token-loss"),
     "moe-ep2": Layout(
         4,

@@ -16,7 +16,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
     import torch
     from megatron.training import training
 
-    from megatron.mapl import metrics, pretraining
+    from megatron.mapl import pretraining
 
     record: dict[str, Any] = {"loss": [], "grad_norm": [], "validation": [], "projectors": {}}
     if job["tamper"]:
@@ -46,7 +46,13 @@ def run(path: Path, job: dict[str, Any]) -> None:
         return chunks
 
     pretraining.model.attach = noting_attach
-    assert metrics  # imported before the hooks are placed
+    check_sides = pretraining.checkpoint.check_sides
+
+    def noting_check_sides(runtime: Any) -> None:
+        check_sides(runtime)
+        record.setdefault("checked", []).append(projectors(runtime))
+
+    pretraining.checkpoint.check_sides = noting_check_sides
     try:
         if job["plain"]:
             import plain_megatron

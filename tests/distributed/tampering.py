@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults on purpose: each function is called in every process of a job before it starts.
+
+All but one damage a single payload, number `VICTIM` of its boundary and direction, in the process
+that sends it.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from mapl.channel import Channel
+from mapl.payload import HEADER_WORDS, WORD, Direction
+
+#: The number of the damaged activation or gradient; of the projector's gradients it is the first.
+VICTIM = 3
+#: The step, from 0, whose projector gradient is not a number.
+NAN_STEP = 1
+
+
+def _victim(direction: Direction) -> int:
+    return 0 if direction is Direction.PROJECTOR else VICTIM
+
+
+def _sends(channel: Channel, direction: Direction) -> bool:
+    """Whether `channel` is about to pack the payload to damage, on one side of the boundary."""
+    side = "1" if direction is Direction.BACKWARD else "0"
+    return (
+        os.environ["RANK"] == side
+        and channel.layout.direction is direction
+        and channel.sent == _victim(direction)
+    )
+
+
+def _damage(
+    record: dict[str, Any],
+    *,
+    direction: Direction,
+    before: Callable[[Channel], None] = lambda channel: None,
+    after: Callable[[Channel, torch.Tensor], torch.Tensor] = lambda channel, payload: payload,
+) -> None:
+    """Patches `Channel.pack`: `before` may change the channel, `after` the payload."""
+    pack = Channel.pack
+
+    def pack_damaged(self: Channel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not _sends(self, direction):
+            return pack(self, *args, **kwargs)
+        layout = self.layout
+        before(self)
+        payload = pack(self, *args, **kwargs)
+        self.layout = layout
+        return after(self, payload)
+
+    Channel.pack = pack_damaged
+
+
+def _flip(channel: Channel, payload: torch.Tensor, *, byte: int) -> torch.Tensor:
+    payload[byte] ^= 16
+    return payload
+
+
+def _cut(channel: Channel, payload: torch.Tensor) -> torch.Tensor:
+    return payload[:-WORD].clone()
+
+
+def _skip_a_number(channel: Channel) -> None:
+    channel.sent += 1
+
+
+def _take_the_next_boundary(channel: Channel) -> None:
+    channel.layout = replace(channel.layout, boundary=channel.layout.boundary + 1)
+
+
+_FIRST_ID = HEADER_WORDS * WORD
+_LAST_LATENT = -WORD - 1
+_CHECKSUM = -WORD
+
+magic = partial(_damage, direction=Direction.FORWARD, after=partial(_flip, byte=0))
+token_id = partial(_damage, direction=Direction.FORWARD, after=partial(_flip, byte=_FIRST_ID))
+latent = partial(_damage, direction=Direction.FORWARD, after=partial(_flip, byte=_LAST_LATENT))
+checksum = partial(_damage, direction=Direction.FORWARD, after=partial(_flip, byte=_CHECKSUM))
+truncated = partial(_damage, direction=Direction.FORWARD, after=_cut)
+lost = partial(_damage, direction=Direction.FORWARD, before=_skip_a_number)
+gradient = partial(_damage, direction=Direction.BACKWARD, after=partial(_flip, byte=_LAST_LATENT))
+lost_gradient = partial(_damage, direction=Direction.BACKWARD, before=_skip_a_number)
+other_boundary = partial(_damage, direction=Direction.BACKWARD, before=_take_the_next_boundary)
+projector = partial(_damage, direction=Direction.PROJECTOR, after=partial(_flip, byte=_LAST_LATENT))
+
+
+def projector_nan(record: dict[str, Any]) -> None:
+    """One side's term of the projector's gradient is not a number in step `NAN_STEP`."""
+    pack = Channel.pack
+
+    def pack_nan(self: Channel, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (
+            os.environ["RANK"] == "0"
+            and self.layout.direction is Direction.PROJECTOR
+            and self.sent == NAN_STEP
+        ):
+            tensor[0, 0, 0] = float("nan")  # a view of the gradient itself
+        return pack(self, tensor, *args, **kwargs)
+
+    Channel.pack = pack_nan

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: resume is bitwise, cuts survive a changed pipeline, what does not fit is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cluster import Cluster, Result
+from layouts import LAYOUTS, Layout
+from test_layouts import RANK, assert_sides_equal, copies
+
+SAVE = "--save-interval 2 --ckpt-format torch_dist --lr-decay-iters 10 --lr-warmup-iters 1"
+MAPL = f"--mapl-rank {RANK}"
+
+
+def error_line(result: Result) -> str:
+    """The one line that a refused job prints."""
+    assert 2 in result.codes, result.log[-3000:]
+    lines = [line for line in result.log.splitlines() if "pretrain_gpt.py: error:" in line]
+    assert len(lines) == 1
+    assert "Traceback" not in result.log
+    return lines[0]
+
+
+def anchors(result: Result) -> list[list[dict[str, torch.Tensor]]]:
+    return [record["anchors"] for record in result.records]
+
+
+def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    """The projectors of a process as they were loaded: checked at start, then after the load."""
+    loaded: dict[tuple[int, str], dict[str, torch.Tensor]] = result.records[rank]["checked"][1]
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("pp2-dp2-distributed-optimizer", ""),
+        ("pp2-dp2-distributed-optimizer", "--async-save --use-persistent-ckpt-worker"),
+        ("pp2-vpp2-overlapped", ""),
+        ("muon", ""),
+        ("bf16", ""),
+    ],
+)
+def test_resume_continues_bitwise(
+    cluster: Cluster, tmp_path: Path, name: str, more: str
+) -> None:
+    layout = LAYOUTS[name]
+    straight = cluster.run(
+        layout.world_size, layout.command(MAPL, SAVE, f"--save {tmp_path}/straight", more)
+    )
+    first = cluster.run(
+        layout.world_size,
+        layout.command(MAPL, SAVE, f"--save {tmp_path}/cut --exit-interval 2", more),
+    )
+    assert straight.losses[:2] == first.losses
+    resumed = cluster.run(
+        layout.world_size,
+        layout.command(MAPL, SAVE, f"--save {tmp_path}/cut --load {tmp_path}/cut", more),
+    )
+    assert resumed.losses == straight.losses[2:]
+    for boundary, states in copies(straight).items():
+        for state, other in zip(states, copies(resumed)[boundary], strict=True):
+            assert torch.equal(state["A"], other["A"])
+            assert torch.equal(state["momentum"], other["momentum"])
+    for ours, theirs in zip(anchors(straight), anchors(resumed), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def pp4_checkpoint(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two steps of four stages; cuts after layers 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("pp4")
+    more = f"--save {folder} --exit-interval 2 --dist-ckpt-optim-fully-reshardable"
+    distributed = "--use-distributed-optimizer"
+    result = cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, distributed))
+    return folder, result
+
+
+def test_fewer_stages_keep_the_cuts_that_still_exist(
+    cluster: Cluster, pp4_checkpoint: Any
+) -> None:
+    folder, before = pp4_checkpoint
+    more = f"--load {folder} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    after = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more))
+    kept = copies(before)[1][0]  # after layer 2
+    loaded = after_load(after, 0)
+    assert torch.equal(loaded[0, "outlet"]["A"], kept["A"])
+    assert torch.equal(loaded[0, "outlet"]["momentum"], kept["momentum"])
+    assert "mapl.stage_0_2.E is new in this pipeline: it starts as mapl.stage_1_2.E" in after.log
+    assert "mapl.stage_2_4.E is new in this pipeline: it starts as mapl.stage_2_3.E" in after.log
+    assert_sides_equal(after, 1, 2)
+
+
+def test_more_stages_say_which_cuts_are_fresh(cluster: Cluster, tmp_path: Path) -> None:
+    more = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    save = f"--save {tmp_path} --exit-interval 2"
+    before = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more, save))
+    after = cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, f"--load {tmp_path}"))
+    assert "cut_1 is new in this pipeline: its projector starts fresh" in after.log
+    assert "cut_3 is new in this pipeline: its projector starts fresh" in after.log
+    assert "cut_2 is new" not in after.log
+    loaded = after_load(after, 1)
+    assert torch.equal(loaded[1, "outlet"]["A"], copies(before)[0][0]["A"])
+    fresh = after.records[0]["start"][0, "outlet"]["A"]
+    assert torch.equal(after_load(after, 0)[0, "outlet"]["A"], fresh)
+    assert_sides_equal(after, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two steps of two stages, plain and with boundaries."""
+    folders = {}
+    for name, settings in (("plain", ""), ("mapl", MAPL)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        save = f"--save {folders[name]} --exit-interval 2"
+        cluster.run(2, LAYOUTS["pp2"].command(settings, SAVE, save))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings", "message"),
+    [
+        ("plain", MAPL, "without MAPL boundaries; add --mapl-checkpoint fresh"),
+        ("mapl", "", "add --mapl-rank, or --mapl-checkpoint drop"),
+        ("mapl", "--mapl-rank 8", "shape [64, 16], this run's flags ask for [64, 8]"),
+        ("mapl", f"{MAPL} --mapl-anchor-rank 8", "shape [256, 16], this run's flags ask"),
+        ("mapl", f"{MAPL} --mapl-anchor none", "--mapl-anchor none differs from the checkpoint's"),
+        ("mapl", f"{MAPL} --mapl-projector fixed", "--mapl-projector fixed differs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    cluster: Cluster, checkpoints: dict[str, Path], saved: str, settings: str, message: str
+) -> None:
+    command = LAYOUTS["pp2"].command(settings, SAVE, f"--load {checkpoints[saved]}")
+    result = cluster.run(2, command, fails=True)
+    line = error_line(result)
+    assert message in line and str(checkpoints[saved]) in line
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings", "message"),
+    [
+        ("plain", f"{MAPL} --mapl-checkpoint fresh", "all boundaries and the optimizer start anew"),
+        ("mapl", "--mapl-rank 8 --mapl-checkpoint fresh", "start anew"),
+        ("mapl", "--mapl-checkpoint drop", "after layers 2 are left out"),
+    ],
+)
+def test_conversion_when_asked_for(
+    cluster: Cluster, checkpoints: dict[str, Path], saved: str, settings: str, message: str
+) -> None:
+    command = LAYOUTS["pp2"].command(settings, SAVE, f"--load {checkpoints[saved]}")
+    result = cluster.run(2, command)
+    assert message in result.log
+    assert len(result.losses) == 2  # steps 3 and 4
+    if "--mapl-rank" in settings:
+        assert_sides_equal(result, 1, 2)
+
+
+def test_finetune_forgets_momentum(cluster: Cluster, checkpoints: dict[str, Path]) -> None:
+    command = LAYOUTS["pp2"].command(MAPL, SAVE, f"--load {checkpoints['mapl']} --finetune")
+    result = cluster.run(2, command)
+    assert after_load(result, 0)[0, "outlet"]["momentum"].abs().max() == 0
+    assert len(result.losses) == 4
+
+
+def test_use_checkpoint_args(cluster: Cluster, checkpoints: dict[str, Path]) -> None:
+    """The boundaries' settings come from the checkpoint, like the model's."""
+    layout = Layout(2, f"{SAVE} --load {checkpoints['mapl']} --use-checkpoint-args")
+    result = cluster.run(2, layout.command("--pipeline-model-parallel-size 2"))
+    assert copies(result)[0][0]["A"].shape == (64, RANK)
+    assert len(result.losses) == 2
+
+
+def test_a_side_that_differs_is_found(cluster: Cluster, checkpoints: dict[str, Path]) -> None:
+    command = LAYOUTS["pp2"].command(MAPL, SAVE, f"--load {checkpoints['mapl']}")
+    result = cluster.run(2, command, tamper="nudge_projector_after_load", fails=True)
+    assert "the projector of boundary 0 differs between ranks 0 and 1" in result.log

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training at r < d in every layout: both sides of every boundary stay bitwise equal and learn."""
+
+from typing import Any
+
+import pytest
+import torch
+from cluster import Cluster, Result
+from layouts import HIDDEN, LAYOUTS
+
+RANK = 16
+
+
+def copies(result: Result, when: str = "projectors") -> dict[int, list[Any]]:
+    """Boundary → its projector in every process that holds it."""
+    held: dict[int, list[Any]] = {}
+    for record in result.records:
+        for (boundary, _), state in record[when].items():
+            held.setdefault(boundary, []).append(state)
+    return held
+
+
+def assert_sides_equal(result: Result, boundaries: int, copies_each: int) -> None:
+    """Every copy of every projector is the same, bit for bit, orthonormal, and has moved."""
+    held, started = copies(result), copies(result, "start")
+    assert sorted(held) == list(range(boundaries))
+    for boundary, states in held.items():
+        assert len(states) == copies_each
+        for state in states:
+            assert state["A"].dtype == torch.float32
+            for name in ("A", "momentum"):
+                assert torch.equal(state[name], states[0][name]), (boundary, name)
+        identity = torch.eye(states[0]["A"].shape[1])
+        assert (states[0]["A"].T @ states[0]["A"] - identity).abs().max() < 1e-5
+        assert all(torch.equal(s["A"], started[boundary][0]["A"]) for s in started[boundary])
+        assert (states[0]["A"] - started[boundary][0]["A"]).abs().max() > 1e-5, boundary
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_both_sides_are_bitwise_equal(cluster: Cluster, name: str) -> None:
+    layout = LAYOUTS[name]
+    result = cluster.run(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
+    arguments = layout.arguments.split()
+    virtual = 2 if "--num-virtual-stages-per-pipeline-rank" in arguments else 1
+    pipeline = int(arguments[arguments.index("--pipeline-model-parallel-size") + 1])
+    replicas = layout.world_size // pipeline
+    assert_sides_equal(result, pipeline * virtual - 1, 2 * replicas)
+    assert result.losses[-1] < result.losses[0] - 0.02
+    for anchors in [record["anchors"] for record in result.records]:
+        for anchor in anchors:  # every table was trained
+            assert anchor["E"].abs().max() > 0
+    total = result.traffic["total"]
+    sent = sum(total[kind] for kind in ("header", "ids", "latents", "projector"))
+    assert sent == total["sent"]
+    latent_ratio = total["uncompressed"] / total["latents"]
+    assert latent_ratio == pytest.approx(HIDDEN / RANK)
+
+
+def test_replicas_hold_the_same_anchors(cluster: Cluster) -> None:
+    layout = LAYOUTS["pp2-dp2-distributed-optimizer"]
+    result = cluster.run(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
+    for stage in range(2):  # ranks 0, 1 are stage 0 and ranks 2, 3 stage 1
+        one, other = (result.records[2 * stage + replica]["anchors"] for replica in range(2))
+        assert torch.equal(one[0]["E"], other[0]["E"])
+
+
+def test_a_skipped_step_leaves_the_projector_untouched(cluster: Cluster) -> None:
+    """fp16 with a loss scale that overflows in all of the first steps."""
+    layout = LAYOUTS["fp16"]
+    result = cluster.run(
+        2, layout.command(f"--mapl-rank {RANK} --train-iters 2 --lr-decay-iters 10")
+    )
+    for boundary, states in copies(result).items():
+        for state, start in zip(states, copies(result, "start")[boundary], strict=True):
+            assert torch.equal(state["A"], start["A"])
+            assert torch.equal(state["momentum"], start["momentum"])
+
+
+@pytest.mark.parametrize("anchor", ["none", "static", "full", "factorized"])
+@pytest.mark.parametrize("projector", ["fixed", "unconstrained"])
+def test_anchors_and_projectors(cluster: Cluster, anchor: str, projector: str) -> None:
+    layout = LAYOUTS["pp2"]
+    settings = f"--mapl-rank {RANK} --mapl-anchor {anchor} --mapl-projector {projector}"
+    result = cluster.run(2, layout.command(settings))
+    held, started = copies(result), copies(result, "start")
+    for boundary, states in held.items():
+        assert torch.equal(states[0]["A"], states[1]["A"])
+        moved = not torch.equal(states[0]["A"], started[boundary][0]["A"])
+        assert moved == (projector != "fixed")
+    assert ("projector" in result.traffic["boundaries"][0]) == (projector != "fixed")
+    assert bool(result.traffic["total"]["ids"]) == (anchor != "none")
+    assert result.losses[-1] < result.losses[0] - 0.05
+
+
+def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
+    """Boundary 0 is left uncompressed and passes on the token ids that stage 1 needs."""
+    layout = LAYOUTS["pp4"]
+    result = cluster.run(4, layout.command(f"--mapl-rank 0 {RANK} 32"))
+    held = copies(result)
+    assert {boundary: state[0]["A"].shape[1] for boundary, state in held.items()} == {1: 16, 2: 32}
+    first, second, third = result.traffic["boundaries"]
+    tokens = 16 * 32 * 4 + 16 * 32 * 2  # training, and evaluation on the way forward
+    assert first["forward"]["latents"] == tokens * HIDDEN * 4
+    assert first["forward"]["ids"] == tokens  # 256 tokens: ids of one byte
+    assert second["forward"]["latents"] == tokens * RANK * 4
+    assert third["forward"]["latents"] == tokens * 32 * 4
+
+
+def test_uncompressed_tail_needs_no_ids(cluster: Cluster) -> None:
+    layout = LAYOUTS["pp4"]
+    result = cluster.run(4, layout.command(f"--mapl-rank {RANK} 0 0"))
+    ids = [boundary["forward"]["ids"] for boundary in result.traffic["boundaries"]]
+    assert ids[0] > 0 and ids[1:] == [0, 0]
+
+
+def test_only_projector_and_anchors_differ_from_plain(cluster: Cluster) -> None:
+    """A fixed square projector without anchors changes nothing, whatever its rank list says."""
+    layout = LAYOUTS["pp4"]
+    plain = cluster.run(4, layout.command(), plain=True)
+    mapl = cluster.run(
+        4,
+        layout.command(f"--mapl-rank {HIDDEN} 0 {HIDDEN} --mapl-anchor none --mapl-projector fixed"),
+    )
+    assert mapl.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+def test_evaluation_with_another_micro_batch_size(cluster: Cluster) -> None:
+    layout = LAYOUTS["pp2"]
+    more = "--eval-micro-batch-size 4 --eval-global-batch-size 8 --eval-interval 2"
+    plain = cluster.run(2, layout.command(more), plain=True)
+    mapl = cluster.run(2, layout.command(more, f"--mapl-rank {HIDDEN} --mapl-anchor none"))
+    assert mapl.validation == pytest.approx(plain.validation, rel=1e-6)
+    assert mapl.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+def test_metrics(cluster: Cluster) -> None:
+    layout = LAYOUTS["pp4"]
+    result = cluster.run(
+        4, layout.command(f"--mapl-rank {RANK} --mapl-log-interval 2 --tensorboard-dir board")
+    )
+    lines = result.metrics
+    assert [line["iteration"] for line in lines] == [2, 4]
+    assert lines[0]["loss"] == pytest.approx(sum(result.losses[:2]) / 2)
+    for line in lines:
+        assert [entry["boundary"] for entry in line["boundaries"]] == [0, 1, 2]
+        assert [entry["boundaries"] for entry in line["angles"]] == [[0, 1], [1, 2]]
+        for entry in line["boundaries"]:
+            assert 0 < entry["energy_kept"] < 1
+            assert entry["orthonormality_error"] < 1e-5
+            assert entry["gradient_norm"] > 0
+        assert all(0 < entry["mean_degrees"] < 90 for entry in line["angles"])
+    assert lines[1]["sent_bytes"] == 2 * lines[0]["sent_bytes"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(result.folder / "board"))
+    events.Reload()
+    logged = events.Scalars("mapl/boundary-1/energy-kept")
+    assert [event.step for event in logged] == [2, 4]
+    assert logged[1].value == pytest.approx(lines[1]["boundaries"][1]["energy_kept"])
+    assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pretrain_gpt.py` on one GPU, without Transformer Engine and Apex: it trains and resumes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+
+from layouts import MODEL  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+#: What a GPU without Transformer Engine and Apex needs; CPU mode sets these by itself.
+WITHOUT_TE = (
+    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-rope-fusion --bf16 --use-distributed-optimizer"
+).split()
+
+
+def train(folder: Path, *more: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["1", str(ROOT / "pretrain_gpt.py"), *MODEL, *WITHOUT_TE, *more]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+    return run.stdout
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"iteration +\d+/.*? lm loss: (\S+)", output)
+
+
+def test_training_resumes_to_the_same_losses(tmp_path: Path) -> None:
+    schedule = "--lr-decay-iters 10 --save-interval 2 --ckpt-format torch_dist".split()
+    whole = losses(train(tmp_path, *schedule))
+    assert len(whole) == 4 and float(whole[-1]) < float(whole[0]) - 0.05
+    saved = train(tmp_path, *schedule, "--save", "ckpt", "--exit-interval", "2")
+    assert losses(saved) == whole[:2]
+    assert losses(train(tmp_path, *schedule, "--save", "ckpt", "--load", "ckpt")) == whole[2:]
+
+
+def test_boundaries_need_a_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a pipeline of one stage has no boundary"):
+        train(tmp_path, "--mapl-rank", "16")
