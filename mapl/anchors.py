@@ -101,7 +101,7 @@ class FactorizedAnchor(Anchor):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         basis = self.basis
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.basis = keep_dtype(fn)(basis)
         return self
 

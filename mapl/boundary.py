@@ -47,9 +47,7 @@ def encode(
     _check_shapes("encode's x", x, 0, coordinates, basis, projector)
     if coordinates is not None:
         coordinates = coordinates.to(x.dtype)
-    z: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
-        x, coordinates, basis, projector.A, projector
-    )
+    z: Tensor = _Encode.apply(x, coordinates, basis, projector.A, projector)
     return z
 
 
@@ -75,9 +73,7 @@ def decode(
     _check_shapes("decode's z", z, 1, coordinates, basis, projector)
     if coordinates is not None:
         coordinates = coordinates.to(z.dtype)
-    x: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
-        z, coordinates, basis, projector.A, projector
-    )
+    x: Tensor = _Decode.apply(z, coordinates, basis, projector.A, projector)
     return x
 
 

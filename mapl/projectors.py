@@ -69,7 +69,7 @@ class Projector(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         follow = keep_dtype(fn)
-        super()._apply(follow, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(follow, recurse)
         self.skipped_steps = follow(self.skipped_steps)
         if self.grad is not None:
             self.grad = follow(self.grad)

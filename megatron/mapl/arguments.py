@@ -115,8 +115,8 @@ def check_supported(args: Any, config: MaplConfig) -> None:
     if _mtp_before_last_stage(args):
         raise ValueError(
             f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} cannot be "
-            "used with --mapl-rank: its prediction layers (m) send several tensors over one boundary; "
-            "put them into the last stage, before L"
+            "used with --mapl-rank: its prediction layers (m) send several tensors over one "
+            "boundary; put them into the last stage, before L"
         )
     step = (args.lr or 0.0) * config.projector_lr_mult
     if config.projector == "learned" and step >= 1:

@@ -22,7 +22,7 @@ from mapl import stiefel
 from megatron.mapl import metrics
 from megatron.mapl.arguments import PREFIX
 from megatron.mapl.errors import exit_with_error
-from megatron.mapl.model import Port, StageBoundaries
+from megatron.mapl.model import StageBoundaries
 from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
 
@@ -189,7 +189,11 @@ def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, sav
 
 
 def _match_stage(
-    stage: StageBoundaries, saved: Shapes, same_pipeline: bool, problems: list[str], notes: list[str]
+    stage: StageBoundaries,
+    saved: Shapes,
+    same_pipeline: bool,
+    problems: list[str],
+    notes: list[str],
 ) -> None:
     """Fills `stage.load_sources`: name of a state → key in the checkpoint."""
     table = _table_for(stage, saved)
@@ -269,6 +273,6 @@ def _cuts(saved: Shapes) -> set[int]:
 
 
 def _forget_momentum(runtime: MaplRuntime) -> None:
-    for port in runtime.ports():
-        if isinstance(port, Port) and port.projector is not None and port.projector.learns:
-            port.projector.momentum.zero_()
+    for projector in runtime.projectors():
+        if projector.momentum is not None:
+            projector.momentum.zero_()

@@ -6,7 +6,8 @@ import sys
 from datetime import timedelta
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed import DistError
+from torch.distributed.rendezvous import rendezvous
 
 #: How long to look for torchrun's store; it was there when this process started.
 _STORE_SECONDS = 10
@@ -22,19 +23,13 @@ def exit_with_error(error: Exception) -> NoReturn:
 def _is_first_to_report() -> bool:
     """Whether to print: most errors are seen by all processes, but some by one alone.
 
-    torchrun's store decides, and whoever asks it first reports. Where there is none, the first
-    process of each node does.
+    Whoever asks torchrun's store first reports. Where there is none, the first process of each node
+    does.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=_STORE_SECONDS),
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return bool(store.add(f"mapl/error/{attempt}", 1) == 1)
-    except dist.DistError:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_STORE_SECONDS)))
+        return bool(store.add("mapl/error", 1) == 1)
+    except DistError:
         return True  # said twice is better than not at all

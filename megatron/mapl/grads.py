@@ -47,6 +47,7 @@ def finalize(
             if port is None or port.projector is None or not port.projector.learns:
                 continue
             gradient = port.projector.grad
+            assert gradient is not None
             if replicas.size() > 1:
                 dist.all_reduce(gradient, group=replicas)
             if num_tokens is None:

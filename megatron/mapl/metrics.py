@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run report: `mapl_traffic.json` and `mapl_metrics.jsonl`, and the same to TensorBoard, W&B."""
+"""The run report: mapl_traffic.json and mapl_metrics.jsonl, and the same to TensorBoard, W&B."""
 
 import json
 import os
@@ -53,7 +53,8 @@ def write_traffic(runtime: MaplRuntime) -> None:
     """Adds up the ledgers of all processes; rank 0 writes the file, whole or not at all."""
     ledgers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
-        ledgers, (dict(runtime.ledger.sent), runtime.communication_seconds, runtime.training_seconds)
+        ledgers,
+        (dict(runtime.ledger.sent), runtime.communication_seconds, runtime.training_seconds),
     )
     if dist.get_rank() != 0:
         return

@@ -33,6 +33,9 @@ from megatron.mapl.runtime import MaplRuntime
 #: The attribute under which a tensor in Megatron's schedule carries its payload.
 PAYLOAD = "mapl_payload"
 
+#: The attribute by which the optimizer knows an anchor table.
+ANCHOR_TAG = "is_mapl_anchor"
+
 
 def private_generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that no draw moves Megatron's generators."""
@@ -121,10 +124,14 @@ class StageBoundaries(nn.Module):
                 runtime.seed, "anchor", 0 if runtime.config.anchor == "static" else self.first_layer
             ),
         )
+        tags = {
+            "is_embedding_or_output_parameter": True,  # Adam, where matrices get Muon
+            "sequence_parallel": config.sequence_parallel,  # gradients are summed over TP
+            ANCHOR_TAG: True,
+        }
         for parameter in self.anchor.parameters():
-            parameter.is_embedding_or_output_parameter = True  # Adam, where matrices get Muon
-            parameter.sequence_parallel = config.sequence_parallel  # sums gradients over TP
-            parameter.is_mapl_anchor = True
+            for tag, value in tags.items():
+                setattr(parameter, tag, value)
         self.groups = groups
         self.sequence_parallel: bool = config.sequence_parallel
         self.measure_energy = False

@@ -8,11 +8,13 @@ projectors when (and only when) the optimizer itself steps. A parameter group wi
 lets Megatron's scheduler drive their learning rate.
 """
 
+import types
 from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey
 
+from megatron.mapl.model import ANCHOR_TAG
 from megatron.mapl.runtime import MaplRuntime
 
 
@@ -43,6 +45,7 @@ class _WithProjectors:
         if success:
             for projector in self._mapl.projectors():
                 if projector.learns:
+                    assert projector.grad is not None
                     projector.grad /= self._mapl_loss_scale
                     projector.step(self._mapl_group["lr"])
         return success
@@ -56,10 +59,9 @@ def with_projectors(optimizer: Any, config: Any, runtime: MaplRuntime) -> Any:
         config: its `OptimizerConfig`.
     """
     multiplier = runtime.config.projector_lr_mult
-    combined_class = type(
-        f"{type(optimizer).__name__}WithProjectors", (_WithProjectors, type(optimizer)), {}
-    )
-    combined = combined_class.__new__(combined_class)
+    name = f"{type(optimizer).__name__}WithProjectors"
+    combined_class = types.new_class(name, (_WithProjectors, type(optimizer)))
+    combined: Any = object.__new__(combined_class)
     combined.__dict__ = optimizer.__dict__
     combined._mapl = runtime
     combined._mapl_group = {
@@ -78,4 +80,4 @@ def with_projectors(optimizer: Any, config: Any, runtime: MaplRuntime) -> Any:
 
 def without_anchor_decay(config_overrides: dict[Any, Any] | None) -> dict[Any, Any]:
     """Adds to Megatron's overrides: anchor tables, like norms, have no weight decay."""
-    return {**(config_overrides or {}), ParamKey(attr="is_mapl_anchor"): {"wd_mult": 0.0}}
+    return {**(config_overrides or {}), ParamKey(attr=ANCHOR_TAG): {"wd_mult": 0.0}}

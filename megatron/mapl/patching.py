@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replacing a name in somebody else's module: explicit, idempotent, loud when the name has moved."""
+"""Replacing a name in somebody else's module: explicit, and loud when the name has moved."""
 
 from typing import Any
 

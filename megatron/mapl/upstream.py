@@ -19,7 +19,7 @@ from megatron.mapl.patching import replace
 
 @dataclass(frozen=True)
 class Mend:
-    """One fault: what goes wrong, in which megatron-core versions, and the function that mends it."""
+    """What goes wrong, in which megatron-core versions, and the function that mends it."""
 
     fault: str
     versions: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job's process notes for the test: losses, gradient norms, projectors, at full precision."""
+"""What a job's process notes for the test, at full precision."""
 
 import time
 from pathlib import Path
@@ -65,7 +65,10 @@ def run(path: Path, job: dict[str, Any]) -> None:
         if runtime is not None:
             record["projectors"] = projectors(runtime)
             record["anchors"] = [
-                {name: tensor.detach().clone() for name, tensor in stage.anchor.state_dict().items()}
+                {
+                    name: tensor.detach().clone()
+                    for name, tensor in stage.anchor.state_dict().items()
+                }
                 for stage in runtime.stages
             ]
         torch.save(record, path)

@@ -234,6 +234,19 @@ def test_processes_must_agree(
     assert_refused(result, message)
 
 
+def test_cpu_mode_says_so(cluster: Cluster) -> None:
+    """Once, before training."""
+    result = cluster.run(2, TWO.command("--train-iters 1 --eval-iters 0"))
+    assert result.log.count("no GPU on this machine: CPU mode, with gloo between processes") == 1
+
+
+def test_layers_by_layout(cluster: Cluster) -> None:
+    """A --pipeline-model-parallel-layout that is supported trains."""
+    flags = "--mapl-rank 8 --mtp-num-layers 1 --pipeline-model-parallel-layout Ettt|tmL"
+    result = cluster.run(2, TWO.command(flags))
+    assert result.losses[-1] < result.losses[0]
+
+
 DAMAGED = {
     "magic": ("forward", "what arrived is no payload of MAPL"),
     "token_id": ("forward", "the checksum does not match"),

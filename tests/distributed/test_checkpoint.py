@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cluster import Cluster, Result
 from layouts import LAYOUTS, Layout
 from test_layouts import RANK, assert_sides_equal, copies
@@ -43,9 +44,7 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("bf16", ""),
     ],
 )
-def test_resume_continues_bitwise(
-    cluster: Cluster, tmp_path: Path, name: str, more: str
-) -> None:
+def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, more: str) -> None:
     layout = LAYOUTS[name]
     straight = cluster.run(
         layout.world_size, layout.command(MAPL, SAVE, f"--save {tmp_path}/straight", more)
@@ -79,9 +78,7 @@ def pp4_checkpoint(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -
     return folder, result
 
 
-def test_fewer_stages_keep_the_cuts_that_still_exist(
-    cluster: Cluster, pp4_checkpoint: Any
-) -> None:
+def test_fewer_stages_keep_the_cuts_that_still_exist(cluster: Cluster, pp4_checkpoint: Any) -> None:
     folder, before = pp4_checkpoint
     more = f"--load {folder} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
     after = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more))

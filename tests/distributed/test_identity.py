@@ -2,6 +2,7 @@
 """A square orthogonal projector over the byte wire must train exactly as plain Megatron does."""
 
 import pytest
+
 from cluster import Cluster
 from layouts import HIDDEN, LAYOUTS
 

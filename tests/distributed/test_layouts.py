@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cluster import Cluster, Result
 from layouts import HIDDEN, LAYOUTS
 
@@ -119,7 +120,9 @@ def test_only_projector_and_anchors_differ_from_plain(cluster: Cluster) -> None:
     plain = cluster.run(4, layout.command(), plain=True)
     mapl = cluster.run(
         4,
-        layout.command(f"--mapl-rank {HIDDEN} 0 {HIDDEN} --mapl-anchor none --mapl-projector fixed"),
+        layout.command(
+            f"--mapl-rank {HIDDEN} 0 {HIDDEN} --mapl-anchor none --mapl-projector fixed"
+        ),
     )
     assert mapl.losses == pytest.approx(plain.losses, rel=1e-6)
 
