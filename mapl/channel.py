@@ -16,7 +16,7 @@ class Channel:
     """Both ends build the same channel, so they agree on every size without asking.
 
     Attributes:
-        layout: boundary, direction and id type; its sizes are set for each micro-batch shape.
+        layout: boundary, direction and id size; its sizes are set for each micro-batch shape.
         width: numbers a token has on the wire.
         codec: how they become bytes.
         carries_ids: whether token ids go along.

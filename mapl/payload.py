@@ -5,8 +5,9 @@
 
 - header: four little-endian int64 words: magic and format version; boundary and direction; sequence
   number of the payload at this boundary and direction, from 0; total bytes.
-- token ids and body: each padded with zeros to a multiple of 8 bytes. A size that a layout names is
-  known to both sides, so no header is read to find out what to receive.
+- token ids and body: each padded with zeros to a multiple of 8 bytes. An id takes the low 1, 2, 3
+  or 4 bytes of an int32, as few as hold the vocabulary. A size that a layout names is known to both
+  sides, so no header is read to find out what to receive.
 - checksum: one int64, the sum over all words before it of word_i · (2 i + 1) modulo 2^64. The odd
   weights make it change with any single word and with any swap of unequal words whose distance is
   not a multiple of a high power of two; being a plain sum it runs in parallel on any device.
@@ -28,6 +29,9 @@ WORD = 8
 HEADER_WORDS = 4
 _SEQUENCE = 2  # the header's word that changes from payload to payload
 
+#: One more than the largest id.
+_ID_LIMIT = 2**31
+
 #: Stands for "no payload" where a sequence number is expected.
 _NONE = torch.iinfo(torch.int64).max
 
@@ -44,19 +48,18 @@ class PayloadError(RuntimeError):
     """A payload is not what this side expects; names boundary, direction and sequence number."""
 
 
-def id_dtype(vocab_size: int) -> torch.dtype:
-    """The smallest integer type that holds the ids 0 … vocab_size − 1.
+def id_size(vocab_size: int) -> int:
+    """The fewest bytes that hold each of the ids 0 … vocab_size − 1: 1, 2, 3 or 4.
 
     Raises:
-        ValueError: the vocabulary is larger than int32 holds.
+        ValueError: the vocabulary is larger than int32, the type of an unpacked id, holds.
     """
-    for dtype in (torch.uint8, torch.uint16, torch.int32):
-        if vocab_size - 1 <= torch.iinfo(dtype).max:
-            return dtype
-    raise ValueError(
-        f"a vocabulary of {vocab_size} tokens exceeds the largest id type of a payload, int32 "
-        f"({torch.iinfo(torch.int32).max + 1} tokens); use a smaller tokenizer"
-    )
+    if vocab_size > _ID_LIMIT:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} tokens exceeds the id type of a payload, int32 "
+            f"({_ID_LIMIT} tokens); use a tokenizer with fewer"
+        )
+    return max(1, -(-(vocab_size - 1).bit_length() // 8))
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ class PayloadLayout:
     direction: Direction
     body_bytes: int
     id_count: int = 0
-    id_type: torch.dtype = torch.int32
+    id_size: int = 4
 
     @property
     def id_bytes(self) -> int:
         """Bytes of the token ids, without padding."""
-        return self.id_count * self.id_type.itemsize
+        return self.id_count * self.id_size
 
     @property
     def total_bytes(self) -> int:
@@ -121,9 +124,7 @@ def pack(
     words[:HEADER_WORDS] = _header(layout, sequence, body.device)
     start = HEADER_WORDS * WORD
     if ids is not None:
-        payload[start : start + layout.id_bytes] = (
-            ids.to(layout.id_type).contiguous().flatten().view(torch.uint8)
-        )
+        payload[start : start + layout.id_bytes] = _narrow(ids, layout.id_size)
         start += _words(layout.id_bytes) * WORD
     payload[start : start + layout.body_bytes] = body
     words[-1] = checksum(words[:-1])
@@ -142,8 +143,8 @@ class PayloadGuard:
         """Takes a payload apart.
 
         Returns:
-            The ids [id_count] in the layout's type, or None if it has none, and the body
-            uint8 [body_bytes], both views of the payload.
+            The ids int32 [id_count], or None if it has none, and the body uint8 [body_bytes], a
+            view of the payload.
 
         Raises:
             PayloadError: the payload is not the one that is due here, or was damaged (on the CPU;
@@ -158,7 +159,7 @@ class PayloadGuard:
         start = HEADER_WORDS * WORD
         ids = None
         if layout.id_count:
-            ids = payload[start : start + layout.id_bytes].view(layout.id_type)
+            ids = _widen(payload[start : start + layout.id_bytes], layout.id_size)
             start += _words(layout.id_bytes) * WORD
         return ids, payload[start : start + layout.body_bytes]
 
@@ -204,6 +205,19 @@ class PayloadGuard:
                     "checksum is wrong: the peers are out of step or the bytes were changed on "
                     "the way"
                 )
+
+
+def _narrow(ids: torch.Tensor, size: int) -> torch.Tensor:
+    """The low `size` bytes of each id: uint8 [ids.numel() · size]."""
+    whole = ids.to(torch.int32).contiguous().flatten().view(torch.uint8).view(-1, 4)
+    return whole[:, :size].flatten()
+
+
+def _widen(data: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `_narrow`: int32 [data.numel() / size]."""
+    whole = data.new_zeros(data.numel() // size, 4)
+    whole[:, :size] = data.view(-1, size)
+    return whole.view(torch.int32).flatten()
 
 
 def checksum(words: torch.Tensor) -> torch.Tensor:

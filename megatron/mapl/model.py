@@ -26,7 +26,7 @@ from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept
 from mapl.channel import Channel
 from mapl.codecs import DtypeCodec
-from mapl.payload import Direction, PayloadLayout, id_dtype
+from mapl.payload import Direction, PayloadLayout, id_size
 from mapl.projectors import PROJECTORS, Projector
 from megatron.mapl.runtime import MaplRuntime
 
@@ -84,7 +84,7 @@ class Port(nn.Module):
         width = plan.width(boundary)
 
         def channel(direction: Direction, codec: DtypeCodec, ids: bool) -> Channel:
-            layout = PayloadLayout(boundary, direction, 0, id_type=id_dtype(runtime.vocab_size))
+            layout = PayloadLayout(boundary, direction, 0, id_size=id_size(runtime.vocab_size))
             return Channel(layout, width, codec, carries_ids=ids)
 
         pipeline = DtypeCodec(runtime.pipeline_dtype)

@@ -20,7 +20,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from mapl.payload import id_dtype
+from mapl.payload import id_size
 from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
 from megatron.mapl.errors import exit_with_error
 from megatron.mapl.optimizer import with_projectors, without_anchor_decay
@@ -111,7 +111,7 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
         pipeline_dtype=model_config.transformer.pipeline_dtype,
         seed=args.seed,
     )
-    id_dtype(runtime.vocab_size)  # refuses a vocabulary that no id type holds
+    id_size(runtime.vocab_size)  # refuses a vocabulary that no id type holds
     return runtime
 
 

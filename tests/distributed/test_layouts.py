@@ -8,6 +8,7 @@ import torch
 
 from cluster import Cluster, Result
 from layouts import HIDDEN, LAYOUTS
+from traffic_budget import budget
 
 RANK = 16
 
@@ -161,3 +162,23 @@ def test_metrics(cluster: Cluster) -> None:
     assert [event.step for event in logged] == [2, 4]
     assert logged[1].value == pytest.approx(lines[1]["boundaries"][1]["energy_kept"])
     assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
+
+
+def test_traffic_budget_is_what_a_job_sends(cluster: Cluster) -> None:
+    result = cluster.run(2, LAYOUTS["pp2"].command(f"--mapl-rank {RANK}"))
+    planned = budget(
+        hidden_size=HIDDEN,
+        rank=RANK,
+        vocab_size=256,
+        micro_batch_tokens=64,
+        step_tokens=512,
+        dtype=torch.float32,
+    )
+    sent = result.traffic["boundaries"][0]
+    for direction in ("forward", "backward", "projector"):
+        for kind in ("header", "ids", "latents", "projector"):
+            each = [
+                entry[direction][kind] / entry[direction]["payloads"]
+                for entry in (sent, planned["boundaries"][0])
+            ]
+            assert each[0] == each[1], (direction, kind)

@@ -69,7 +69,7 @@ def test_projector_stays_on_the_manifold() -> None:
 
 
 def test_payload_errors_are_read_once_a_step() -> None:
-    layout = PayloadLayout(5, Direction.BACKWARD, 0, id_type=torch.uint16)
+    layout = PayloadLayout(5, Direction.BACKWARD, 0, id_size=2)
     ends = [Channel(layout, 8, DtypeCodec(torch.bfloat16), carries_ids=True) for _ in range(2)]
     guard, ledger = PayloadGuard(), Ledger()
     latent = torch.randn(4, 2, 8, device="cuda", dtype=torch.bfloat16)
@@ -92,7 +92,7 @@ def test_payload_errors_are_read_once_a_step() -> None:
 
 def test_the_whole_way_does_not_wait_for_the_device() -> None:
     anchor, projector = build("cuda", torch.bfloat16)
-    layout = PayloadLayout(0, Direction.FORWARD, 0, id_type=torch.uint16)
+    layout = PayloadLayout(0, Direction.FORWARD, 0, id_size=2)
     ends = [Channel(layout, RANK, DtypeCodec(torch.bfloat16), carries_ids=True) for _ in range(2)]
     x = torch.randn(*TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids = torch.randint(0, VOCABULARY, TOKENS, device="cuda")

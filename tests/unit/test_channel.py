@@ -12,7 +12,7 @@ from mapl.traffic import Ledger
 
 
 def ends(dtype: torch.dtype = torch.bfloat16, width: int = 7, *, ids: bool = True) -> list[Channel]:
-    layout = PayloadLayout(0, Direction.FORWARD, 0, id_type=torch.uint16)
+    layout = PayloadLayout(0, Direction.FORWARD, 0, id_size=2)
     return [Channel(layout, width, DtypeCodec(dtype), carries_ids=ids) for _ in range(2)]
 
 
@@ -66,7 +66,7 @@ def test_a_codec_does_not_round_silently() -> None:
 
 def test_ledgers_add_up_by_boundary_direction_and_kind() -> None:
     ledgers = [Ledger(), Ledger()]
-    forward = PayloadLayout(0, Direction.FORWARD, 64, id_count=4, id_type=torch.uint16)
+    forward = PayloadLayout(0, Direction.FORWARD, 64, id_count=4, id_size=2)
     exchange = PayloadLayout(1, Direction.PROJECTOR, 128)
     ledgers[0].count(forward, uncompressed=512)
     ledgers[1].count(forward, uncompressed=512)
