@@ -177,15 +177,30 @@ def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, sav
     for stage in runtime.stages:
         _match_stage(stage, saved, same_pipeline, problems, notes)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (problems, notes))
-    for found, _ in everyone:
+    dist.all_gather_object(
+        everyone, (problems, notes, [(s.first_layer, _tables(s)) for s in runtime.stages])
+    )
+    for found, _, _ in everyone:
         if found:
             raise ValueError(
                 f"--load {directory}: {found[0]}; use the checkpoint's settings, or "
                 "--mapl-checkpoint fresh to start the boundaries anew"
             )
-    for note in sorted({note for _, said in everyone for note in said}):
+    for note in sorted({note for _, said, _ in everyone for note in said}):
         print_rank_0(f"> {note}")
+    # Megatron wants to know one reader of a saved tensor from the others, its replicas.
+    readers = {stage: tables for _, _, stages in everyone for stage, tables in stages}
+    for stage in runtime.stages:
+        stage.table_readers = {
+            key: sum(key in readers[first] for first in readers if first < stage.first_layer)
+            for key in _tables(stage)
+        }
+
+
+def _tables(stage: StageBoundaries) -> list[str]:
+    """The keys that this stage's anchor is read from."""
+    sources = stage.load_sources or {}
+    return [key for name, key in sources.items() if name.startswith("anchor.")]
 
 
 def _match_stage(

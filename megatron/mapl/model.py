@@ -99,7 +99,8 @@ class StageBoundaries(nn.Module):
     Attributes:
         first_layer, last_layer: the layers [first, last) of the model that the chunk holds.
         energy: ‖Z‖²/‖X − anchor‖² of the last micro-batch, when `measure_energy` is set.
-        load_sources: while a checkpoint is loaded, what to read for each state (checkpoint.py).
+        load_sources: while a checkpoint is loaded, the key to read for each state (checkpoint.py).
+        table_readers: key of an anchor table → how many earlier stages read it in this load.
     """
 
     def __init__(self, runtime: MaplRuntime, chunk: Any) -> None:
@@ -137,6 +138,7 @@ class StageBoundaries(nn.Module):
         self.measure_energy = False
         self.energy: torch.Tensor | None = None
         self.load_sources: dict[str, str] | None = None
+        self.table_readers: dict[str, int] = {}
         self._runtime = runtime
         self._ids: torch.Tensor | None = None
 
@@ -248,13 +250,14 @@ class StageBoundaries(nn.Module):
         dp_cp = (metadata or {}).get("dp_cp_group") or self.groups.dp_cp
         sharded = {}
         for name, (key, tensor) in self.states().items():
+            replica = int(name.startswith("inlet."))
             if self.load_sources is not None:
                 if name not in self.load_sources:
                     continue
                 key = self.load_sources[name]
-            side = int(name.startswith("inlet."))
+                replica += self.table_readers.get(key, 0)
             sharded[prefix + name] = ShardedTensor.from_rank_offsets(
-                key, tensor, replica_id=(side, get_pg_rank(self.groups.tp), get_pg_rank(dp_cp))
+                key, tensor, replica_id=(replica, get_pg_rank(self.groups.tp), get_pg_rank(dp_cp))
             )
         return sharded
 
