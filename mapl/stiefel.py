@@ -64,7 +64,8 @@ def random_stiefel(d: int, r: int, generator: torch.Generator) -> Tensor:
             f"random_stiefel needs a CPU generator, got one on {generator.device}; "
             "stages on different devices must draw the same numbers"
         )
-    normal = torch.randn(d, r, generator=generator, dtype=torch.float64, device="cpu")
+    # Drawn column by column: a smaller rank from the same seed spans a part of a larger one.
+    normal = torch.randn(r, d, generator=generator, dtype=torch.float64, device="cpu").mT
     q: Tensor
     q, upper = torch.linalg.qr(normal)
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0)

@@ -80,6 +80,7 @@ class _Recorder:
         self._losses: list[torch.Tensor] = []
         self._file_begun = False
         self._interval_start = time.perf_counter()
+        self._skipped: dict[int, int] = {}
 
     def step(self, loss_dict: dict[str, torch.Tensor], iteration: int) -> None:
         """Called on every process after each step."""
@@ -110,7 +111,20 @@ class _Recorder:
         line = _combine(iteration, self._runtime.tokens, everyone)
         _write_to_trackers(line)
         if dist.get_rank() == 0:
+            self._warn_of_skipped_steps(line)
             self._append(line)
+
+    def _warn_of_skipped_steps(self, line: dict[str, Any]) -> None:
+        for entry in line["boundaries"]:
+            new = entry["skipped_steps"] - self._skipped.get(entry["boundary"], 0)
+            self._skipped[entry["boundary"]] = entry["skipped_steps"]
+            if new:
+                print(
+                    f"WARNING: boundary {entry['boundary']}: the projector's gradient was not "
+                    f"finite in {new} step(s) up to iteration {line['iteration']}; the projector "
+                    "was left as it was",
+                    flush=True,
+                )
 
     def _append(self, line: dict[str, Any]) -> None:
         path = report_dir(self._runtime) / METRICS_FILE

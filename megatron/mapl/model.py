@@ -76,7 +76,9 @@ class Port(nn.Module):
         self.projector: Projector | None = None
         rank = plan.ranks[boundary]
         if rank:
-            generator = private_generator(runtime.seed, "projector", cut)
+            # All boundaries start from one subspace: what the first one keeps, the next ones keep
+            # too. Independent ones would each lose most of what is left (docs/method.md).
+            generator = private_generator(runtime.seed, "projector", 0)
             self.projector = PROJECTORS[config.projector](plan.hidden_size, rank, generator)
         # An uncompressed boundary passes the ids on if a later one needs them. Virtual stages share
         # a link, over which all payloads have one size.

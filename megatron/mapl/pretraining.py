@@ -41,13 +41,14 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         cpu.patch_megatron()
     upstream.install()
     checkpoint.install_checkpoint_args()
-    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
         args = _parse(cpu_mode)
         model_config = gpt_config_from_args(args)
         runtime = _runtime(args, model_config)
     except ValueError as error:
         exit_with_error(error)
+    # Parses the command line again, with Megatron's flags alone: `--help` must meet ours first.
+    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     model_config.pre_wrap_hooks.append(partial(_agree, args=args))
     checkpoint.install_guard(args, runtime)
     if runtime is not None:

@@ -7,6 +7,7 @@ show, and refuse to start when the symbol that they mend has moved.
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,27 @@ def _allocate_adam_state(state: dict[str, Any], parameter: torch.Tensor) -> None
         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
+def _help_with_bare_percent_sign() -> None:
+    import megatron.training.arguments as arguments
+
+    add_megatron_arguments = arguments.add_megatron_arguments
+
+    def add_with_escaped_help(parser: Any) -> Any:
+        parser = add_megatron_arguments(parser)
+        for action in parser._actions:
+            if action.help:  # argparse formats it: %(default)s and %% are meant, a bare % is not
+                action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
+        return parser
+
+    replace(arguments, "add_megatron_arguments", add_with_escaped_help)
+
+
 MENDS = (
+    Mend(
+        "--help fails at a bare per cent sign in the help of a flag",
+        ">=0.19,<0.20",
+        _help_with_bare_percent_sign,
+    ),
     Mend(
         "compile_helpers runs make in a wheel that has no Makefile, though the extension is built",
         ">=0.17,<0.20",

@@ -105,3 +105,19 @@ def projector_nan(record: dict[str, Any]) -> None:
         return pack(self, tensor, *args, **kwargs)
 
     Channel.pack = pack_nan
+
+
+def nudge_projector_after_load(record: dict[str, Any]) -> None:
+    """One process changes the last bit of one number of its projector after a load."""
+    from megatron.mapl import checkpoint
+
+    check_sides = checkpoint.check_sides
+
+    def nudge_and_check(runtime: Any) -> None:
+        record["checks"] = record.get("checks", 0) + 1
+        if record["checks"] == 2 and os.environ["RANK"] == "1":  # the first is at start
+            first = runtime.projectors()[0].A.data.view(torch.int32)
+            first[0, 0] ^= 1
+        check_sides(runtime)
+
+    checkpoint.check_sides = nudge_and_check

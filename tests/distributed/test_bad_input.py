@@ -59,7 +59,7 @@ REFUSED = {
     "vocabulary": (
         TWO,
         "--mapl-rank 8 --vocab-size 3000000000",
-        "a vocabulary of 3000000000 tokens exceeds .*int32 .*use a smaller tokenizer",
+        "a vocabulary of 3000000000 tokens exceeds .*int32 .*use a tokenizer with fewer",
     ),
     "shared-link": (
         VIRTUAL,
@@ -282,3 +282,5 @@ def test_a_gradient_that_is_not_a_number_skips_the_step(cluster: Cluster) -> Non
     skipped = [line["boundaries"][0]["skipped_steps"] for line in result.metrics]
     assert skipped == [int(step >= NAN_STEP) for step in range(len(skipped))]
     assert result.losses[-1] < result.losses[0]
+    warning = "boundary 0: the projector's gradient was not finite in 1 step(s) up to iteration 2"
+    assert result.log.count(warning) == 1

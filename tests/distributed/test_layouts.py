@@ -140,7 +140,11 @@ def test_evaluation_with_another_micro_batch_size(cluster: Cluster) -> None:
 def test_metrics(cluster: Cluster) -> None:
     layout = LAYOUTS["pp4"]
     result = cluster.run(
-        4, layout.command(f"--mapl-rank {RANK} --mapl-log-interval 2 --tensorboard-dir board")
+        4,
+        layout.command(
+            f"--mapl-rank {RANK} --mapl-log-interval 2 --tensorboard-dir board "
+            "--mapl-projector-lr-mult 3"
+        ),
     )
     lines = result.metrics
     assert [line["iteration"] for line in lines] == [2, 4]

@@ -119,7 +119,7 @@ def test_random_stiefel_advances_its_generator():
 
 def test_random_stiefel_has_the_sign_of_gram_schmidt():
     a = random_stiefel(16, 4, seeded(5)).double()
-    normal = torch.randn(16, 4, generator=seeded(5), dtype=torch.float64)
+    normal = torch.randn(4, 16, generator=seeded(5), dtype=torch.float64).mT
     assert ((a.mT @ normal).diagonal() > 0).all()
 
 
@@ -187,3 +187,11 @@ def test_check():
     check(a.bfloat16().float(), tolerance=0.1)
     with pytest.raises(RuntimeError, match="nan"):
         check(torch.full((4, 2), float("nan")))
+
+
+def test_a_smaller_rank_from_the_same_seed_spans_a_part_of_a_larger_one() -> None:
+    """Boundaries of different ranks start from nested subspaces."""
+    small, large = (
+        random_stiefel(64, rank, torch.Generator().manual_seed(3)) for rank in (8, 24)
+    )
+    assert (large @ (large.T @ small) - small).abs().max() < 1e-6

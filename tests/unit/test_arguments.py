@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `--mapl-*` flags: generated from MaplConfig, read back whole, refused beside what cannot be.
+
+Megatron's argument module imports without a GPU in CPU mode alone, which changes torch for the life
+of a process. So all cases run in one process of their own, which answers with JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mapl.config import MaplConfig
+from megatron.mapl import errors
+
+ROOT = Path(__file__).parent.parent.parent
+
+#: What `check_supported` reads of Megatron's namespace, in a job that it lets through.
+MEGATRON = {
+    "cuda_graph_impl": "none",
+    "save": None,
+    "load": None,
+    "ckpt_format": "torch_dist",
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_size": 2,
+    "pipeline_model_parallel_layout": None,
+    "mtp_num_layers": None,
+    "num_layers": 4,
+    "lr": 1e-3,
+}
+
+ANSWER = """
+import argparse, json, sys
+from megatron.mapl import cpu
+cpu.install()
+from megatron.mapl import arguments
+
+answers = []
+for words, megatron in json.load(sys.stdin):
+    parser = arguments.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args(words)
+    for name, value in megatron.items():
+        setattr(args, name, value)
+    answer = {"error": None}
+    try:
+        config = arguments.config_from_args(args)
+        if config is not None:
+            arguments.check_supported(args, config)
+    except ValueError as error:
+        answer["error"] = str(error)
+    answer["mapl"] = {k: v for k, v in vars(args).items() if k.startswith("mapl_")}
+    answers.append(answer)
+print("\\n" + json.dumps(answers))
+"""
+
+
+def run(arguments: list[str], text: str = "") -> str:
+    """The standard output of a Python process in the project's root."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        input=text,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+READ = {
+    "": {f"mapl_{field.name}": None for field in fields(MaplConfig)},
+    "--mapl-checkpoint drop": {"mapl_checkpoint": "drop", "mapl_rank": None, "mapl_anchor": None},
+    "--mapl-rank 8": {
+        "mapl_rank": [8],
+        "mapl_anchor": "factorized",
+        "mapl_anchor_rank": None,
+        "mapl_projector": "learned",
+        "mapl_projector_lr_mult": 0.1,
+        "mapl_checkpoint": "match",
+        "mapl_report_dir": None,
+        "mapl_log_interval": None,
+    },
+    "--mapl-rank 8 0 16 --mapl-anchor-rank 4 --mapl-projector-lr-mult 0.5 --mapl-report-dir out": {
+        "mapl_rank": [8, 0, 16],
+        "mapl_anchor_rank": 4,
+        "mapl_projector_lr_mult": 0.5,
+        "mapl_report_dir": "out",
+    },
+}
+
+REFUSED_FLAGS = {
+    "--mapl-anchor none --mapl-log-interval 2": (
+        r"--mapl-anchor none, --mapl-log-interval 2 without --mapl-rank .*; add --mapl-rank, or"
+    ),
+    "--mapl-checkpoint fresh": "--mapl-checkpoint fresh without --mapl-rank has no effect",
+    "--mapl-checkpoint match": "--mapl-checkpoint match without --mapl-rank has no effect",
+    "--mapl-rank 8 --mapl-checkpoint drop": "--mapl-checkpoint drop .*leave --mapl-rank out",
+    "--mapl-rank -8": "--mapl-rank -8: a rank is a positive number",
+    "--mapl-rank 8 --mapl-anchor full --mapl-anchor-rank 4": "no effect with --mapl-anchor full",
+}
+
+REFUSED_BESIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "overlap": (
+        {"overlap_moe_expert_parallel_comm": True},
+        "--overlap-moe-expert-parallel-comm cannot be used with --mapl-rank: .*leave one",
+    ),
+    "ring": ({"use_ring_exchange_p2p": True}, "--use-ring-exchange-p2p cannot be used"),
+    "mtp": ({"mtp_standalone": True}, "--mtp-standalone cannot be used"),
+    "fsdp": ({"use_megatron_fsdp": True}, "--use-megatron-fsdp cannot be used"),
+    "heterogeneous": (
+        {"heterogeneous_layers_config_encoded_json": "{}"},
+        "--heterogeneous-layers-config-path .*cannot be used",
+    ),
+    "graph": ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration cannot"),
+    "save": ({"save": "there", "ckpt_format": "torch"}, "--ckpt-format torch .*torch_dist"),
+    "load": ({"load": "there", "ckpt_format": "torch"}, "--ckpt-format torch .*torch_dist"),
+    "layout": (
+        {"pipeline_model_parallel_layout": "Et|ttt|m|L", "mtp_num_layers": 1},
+        r"--pipeline-model-parallel-layout Et\|ttt\|m\|L cannot .*into the last stage",
+    ),
+    "step": ({"lr": 10.0}, "--mapl-projector-lr-mult 0.1 times --lr 10.0 is 1, .*lower one"),
+}
+
+ALLOWED_BESIDE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "other-format-without-checkpoints": {"ckpt_format": "torch"},
+    "layout": {"pipeline_model_parallel_layout": "Ettt|tmL", "mtp_num_layers": 1},
+    "virtual": {"virtual_pipeline_model_parallel_size": 2},
+    "no-learning-rate": {"lr": None},
+}
+
+SHARED_LINKS = {
+    "8 8 16": "--mapl-rank 8 8 16 gives boundaries 0 and 2 different ranks",
+    "8 0 8": None,
+    "8 0 8 0 8 0 0": "gives boundaries 0 and 6 different ranks",
+}
+
+Answers = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    """Looks up what one process answered to all cases of this file."""
+    beside = [megatron for megatron, _ in REFUSED_BESIDE.values()] + [*ALLOWED_BESIDE.values()]
+    virtual = {"virtual_pipeline_model_parallel_size": 2}
+    cases: list[tuple[list[str], dict[str, Any]]] = [
+        *((flags.split(), {}) for flags in (*READ, *REFUSED_FLAGS)),
+        *((["--mapl-rank", "8"], megatron) for megatron in beside),
+        *((["--mapl-rank", *ranks.split()], virtual) for ranks in SHARED_LINKS),
+    ]
+    asked = [(words, {**MEGATRON, **megatron}) for words, megatron in cases]
+    got = json.loads(run(["-c", ANSWER], json.dumps(asked)).splitlines()[-1])
+    found = {json.dumps(case): answer for case, answer in zip(cases, got, strict=True)}
+    return lambda flags, megatron=None: found[json.dumps([flags.split(), megatron or {}])]
+
+
+@pytest.mark.parametrize("flags", READ)
+def test_flags_are_read(answers: Answers, flags: str) -> None:
+    answer = answers(flags)
+    assert answer["error"] is None
+    assert set(answer["mapl"]) == {f"mapl_{field.name}" for field in fields(MaplConfig)}
+    assert {name: answer["mapl"][name] for name in READ[flags]} == READ[flags]
+
+
+def assert_error(answer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        if answer["error"] is not None:
+            raise ValueError(answer["error"])
+
+
+@pytest.mark.parametrize("flags", REFUSED_FLAGS)
+def test_flags_are_refused(answers: Answers, flags: str) -> None:
+    assert_error(answers(flags), REFUSED_FLAGS[flags])
+
+
+@pytest.mark.parametrize("name", REFUSED_BESIDE)
+def test_features_of_megatron_are_refused(answers: Answers, name: str) -> None:
+    megatron, message = REFUSED_BESIDE[name]
+    assert_error(answers("--mapl-rank 8", megatron), message)
+
+
+@pytest.mark.parametrize("name", ALLOWED_BESIDE)
+def test_features_of_megatron_are_let_through(answers: Answers, name: str) -> None:
+    assert answers("--mapl-rank 8", ALLOWED_BESIDE[name])["error"] is None
+
+
+@pytest.mark.parametrize("ranks", SHARED_LINKS)
+def test_boundaries_on_one_link_have_one_rank(answers: Answers, ranks: str) -> None:
+    answer = answers(f"--mapl-rank {ranks}", {"virtual_pipeline_model_parallel_size": 2})
+    message = SHARED_LINKS[ranks]
+    if message is None:
+        assert answer["error"] is None
+    else:
+        assert_error(answer, message)
+
+
+#: Settings that `check_supported` looks up leniently must exist, or the check would never fire.
+EXISTING = """
+import argparse
+from megatron.mapl import cpu
+cpu.install()
+from megatron.mapl import arguments
+from megatron.training.arguments import add_megatron_arguments
+parser = argparse.ArgumentParser()
+add_megatron_arguments(parser)
+known = {action.dest for action in parser._actions}
+missing = {*arguments._UNSUPPORTED, "cuda_graph_impl"} - known
+assert not missing, missing
+"""
+
+
+def test_every_refused_setting_exists_in_megatron() -> None:
+    run(["-c", EXISTING])
+
+
+def test_help_shows_the_docstrings() -> None:
+    shown = " ".join(run(["pretrain_gpt.py", "--help"]).split())
+    assert "Learned subspace compression of the boundaries between pipeline stages." in shown
+    for field in fields(MaplConfig):
+        assert f"--mapl-{field.name.replace('_', '-')}" in shown
+    for words in (
+        "Projector rank r, the width of what crosses a boundary",
+        "Rank r_a of the factorized anchor; it costs memory, no traffic.",
+        "{factorized,none,static,full}",
+        "{learned,fixed,unconstrained}",
+        "Steps between two lines of mapl_metrics.jsonl. Default: --log-interval.",
+    ):
+        assert words in shown, words
+
+
+def report(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Reports bad input as a process with this environment does."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        errors.exit_with_error(ValueError("--mapl-rank 0 compresses nothing"))
+    assert stop.value.code == 2
+
+
+LINE = "pretrain_gpt.py: error: --mapl-rank 0 compresses nothing\n"
+
+
+def test_the_first_process_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    report(monkeypatch, {"RANK": "1", "LOCAL_RANK": "1"})
+    assert capsys.readouterr().err == ""
+    report(monkeypatch, {"RANK": "0", "LOCAL_RANK": "0"})
+    assert capsys.readouterr().err == LINE
+
+
+def test_under_torchrun_whoever_fails_reports_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad flags of one process alone are not lost because rank 0 does not see them."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    torchrun = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": "4",
+    }
+    for rank in "31":
+        report(monkeypatch, {**torchrun, "RANK": rank, "LOCAL_RANK": rank})
+    assert capsys.readouterr().err == LINE
+
+
+def test_without_an_answer_from_torchrun_it_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors, "_STORE_SECONDS", 1)
+    closed = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    port = closed.port
+    del closed
+    torchrun = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+    }
+    report(monkeypatch, torchrun)
+    assert LINE in capsys.readouterr().err
