@@ -38,9 +38,9 @@ class MaplConfig:
     """The projector's learning rate as a multiple of Megatron's."""
 
     checkpoint: CheckpointMode = "match"
-    """What --load does when the checkpoint's boundaries differ from this run's: match (an error),
-    fresh (load the model, start the boundaries anew), drop (a checkpoint with boundaries into plain
-    Megatron, without --mapl-rank)."""
+    """What --load does when the checkpoint's boundaries do not fit this run's: match (an error),
+    fresh (load the model, start the boundaries and the optimizer anew), drop (without --mapl-rank:
+    load the model into plain Megatron, without the boundaries)."""
 
     report_dir: str | None = None
     """Where mapl_traffic.json and mapl_metrics.jsonl go. Default: --save, else ./mapl-report."""

@@ -123,16 +123,23 @@ def _prepare_load(args: Any, runtime: MaplRuntime | None) -> None:
     saved = {k: tuple(t.global_shape) for k, t in tensors.items() if k.startswith("mapl.")}
     if runtime is None:
         _prepare_plain_load(args, directory, saved)
-    elif runtime.config.checkpoint == "fresh":
-        for stage in runtime.stages:
-            stage.load_sources = {}
-        args.no_load_optim = True
-        print_rank_0(
-            f"> --mapl-checkpoint fresh: {directory} gives the model; all boundaries and the "
-            "optimizer start anew"
+        return
+    problem = _match(state["args"], args, runtime, saved)
+    if problem is None:
+        return
+    if runtime.config.checkpoint != "fresh":
+        raise ValueError(
+            f"--load {directory}: {problem}; use the checkpoint's settings, or --mapl-checkpoint "
+            "fresh to load the model and start the boundaries anew (the loss will jump)"
         )
-    else:
-        _match(state["args"], args, runtime, directory, saved)
+    for stage in runtime.stages:
+        stage.load_sources = {}
+        _expect_fresh(stage, set(stage.states()))
+    args.no_load_optim = True
+    print_rank_0(
+        f"> --mapl-checkpoint fresh: {directory} gives the model; all boundaries and the optimizer "
+        f"start anew, because {problem}"
+    )
 
 
 def _prepare_plain_load(args: Any, directory: str, saved: Shapes) -> None:
@@ -154,22 +161,20 @@ def _prepare_plain_load(args: Any, directory: str, saved: Shapes) -> None:
     )
 
 
-def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, saved: Shapes) -> None:
-    """`--mapl-checkpoint match`: what exists must fit; a changed pipeline may bring fresh cuts."""
+def _match(saved_args: Any, args: Any, runtime: MaplRuntime, saved: Shapes) -> str | None:
+    """Settles what to read if the checkpoint's boundaries fit this run's.
+
+    What exists must fit; a changed pipeline may bring cuts that start fresh.
+
+    Returns:
+        What does not fit, the same on all processes, or None.
+    """
     if not saved:
-        raise ValueError(
-            f"--load {directory} holds a model without MAPL boundaries; add --mapl-checkpoint "
-            "fresh to load it and start the boundaries anew (the loss will jump), or leave "
-            "--mapl-rank out"
-        )
+        return "it holds a model without MAPL boundaries"
     for name in ("anchor", "projector"):
-        before = getattr(saved_args, PREFIX + name, None)
-        now = getattr(runtime.config, name)
+        before, now = getattr(saved_args, PREFIX + name, None), getattr(runtime.config, name)
         if before != now:
-            raise ValueError(
-                f"--mapl-{name} {now} differs from the checkpoint's {before} ({directory}); use "
-                f"--mapl-{name} {before}, or --mapl-checkpoint fresh to start the boundaries anew"
-            )
+            return f"--mapl-{name} {now} differs from the checkpoint's {before}"
     layout = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     same_pipeline = all(getattr(saved_args, x, None) == getattr(args, x) for x in layout)
     problems: list[str] = []
@@ -182,10 +187,7 @@ def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, sav
     )
     for found, _, _ in everyone:
         if found:
-            raise ValueError(
-                f"--load {directory}: {found[0]}; use the checkpoint's settings, or "
-                "--mapl-checkpoint fresh to start the boundaries anew"
-            )
+            return str(found[0])
     for note in sorted({note for _, said, _ in everyone for note in said}):
         print_rank_0(f"> {note}")
     # Megatron wants to know one reader of a saved tensor from the others, its replicas.
@@ -195,6 +197,8 @@ def _match(saved_args: Any, args: Any, runtime: MaplRuntime, directory: str, sav
             key: sum(key in readers[first] for first in readers if first < stage.first_layer)
             for key in _tables(stage)
         }
+        _expect_fresh(stage, set(stage.states()) - set(stage.load_sources or {}))
+    return None
 
 
 def _tables(stage: StageBoundaries) -> list[str]:
@@ -242,7 +246,6 @@ def _match_stage(
         if port is not None and port.projector is None and port.cut in _cuts(saved):
             problems.append(f"its boundary after layer {port.cut} is compressed, here it is not")
     stage.load_sources = sources
-    _expect_fresh(stage, set(stage.states()) - set(sources))
 
 
 def _table_for(stage: StageBoundaries, saved: Shapes) -> str | None:

@@ -77,7 +77,7 @@ class Port(nn.Module):
         rank = plan.ranks[boundary]
         if rank:
             # All boundaries start from one subspace: what the first one keeps, the next ones keep
-            # too. Independent ones would each lose most of what is left (docs/method.md).
+            # too. Independent ones would each lose most of what is left.
             generator = private_generator(runtime.seed, "projector", 0)
             self.projector = PROJECTORS[config.projector](plan.hidden_size, rank, generator)
         # An uncompressed boundary passes the ids on if a later one needs them. Virtual stages share

@@ -120,7 +120,11 @@ def checkpoints(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize(
     ("saved", "settings", "message"),
     [
-        ("plain", MAPL, "without MAPL boundaries; add --mapl-checkpoint fresh"),
+        (
+            "plain",
+            MAPL,
+            "without MAPL boundaries; use the checkpoint's settings, or --mapl-checkpoint fresh",
+        ),
         ("mapl", "", "add --mapl-rank, or --mapl-checkpoint drop"),
         ("mapl", "--mapl-rank 8", "shape [64, 16], this run's flags ask for [64, 8]"),
         ("mapl", f"{MAPL} --mapl-anchor-rank 8", "shape [256, 16], this run's flags ask"),
@@ -140,8 +144,12 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("saved", "settings", "message"),
     [
-        ("plain", f"{MAPL} --mapl-checkpoint fresh", "all boundaries and the optimizer start anew"),
-        ("mapl", "--mapl-rank 8 --mapl-checkpoint fresh", "start anew"),
+        (
+            "plain",
+            f"{MAPL} --mapl-checkpoint fresh",
+            "start anew, because it holds a model without",
+        ),
+        ("mapl", "--mapl-rank 8 --mapl-checkpoint fresh", "start anew, because"),
         ("mapl", "--mapl-checkpoint drop", "after layers 2 are left out"),
     ],
 )
@@ -154,6 +162,17 @@ def test_conversion_when_asked_for(
     assert len(result.losses) == 2  # steps 3 and 4
     if "--mapl-rank" in settings:
         assert_sides_equal(result, 1, 2)
+
+
+def test_fresh_changes_nothing_where_the_checkpoint_fits(
+    cluster: Cluster, checkpoints: dict[str, Path]
+) -> None:
+    """So a job that began with it may be restarted as it is."""
+    load = f"--load {checkpoints['mapl']}"
+    plain = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, load))
+    fresh = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, load, "--mapl-checkpoint fresh"))
+    assert "start anew" not in fresh.log
+    assert fresh.losses == plain.losses
 
 
 def test_finetune_forgets_momentum(cluster: Cluster, checkpoints: dict[str, Path]) -> None:

@@ -97,6 +97,14 @@ def test_the_whole_way_does_not_wait_for_the_device() -> None:
     x = torch.randn(*TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids = torch.randint(0, VOCABULARY, TOKENS, device="cuda")
     guard, ledger = PayloadGuard(), Ledger()
+    for end in ends:  # what is made once for each size
+        end.unpack(
+            end.pack(
+                torch.empty(*TOKENS, RANK, device="cuda", dtype=torch.bfloat16), ids, ledger, 0
+            ),
+            torch.empty_like(x[..., :RANK]),
+            guard,
+        )
     torch.cuda.set_sync_debug_mode("error")
     try:
         z = encode(x, anchor(ids), anchor.basis, projector)

@@ -32,16 +32,21 @@ def train(folder: Path, *more: str) -> str:
 
 
 def losses(output: str) -> list[str]:
-    return re.findall(r"iteration +\d+/.*? lm loss: (\S+)", output)
+    """The loss of the first step, and those of the evaluations at the end.
+
+    Megatron prints from the second step on a mean over steps since the start.
+    """
+    first = re.findall(r"iteration +\d+/.*? lm loss: (\S+)", output)[:1]
+    return first + re.findall(r"validation loss at .*? lm loss value: (\S+)", output)
 
 
 def test_training_resumes_to_the_same_losses(tmp_path: Path) -> None:
     schedule = "--lr-decay-iters 10 --save-interval 2 --ckpt-format torch_dist".split()
     whole = losses(train(tmp_path, *schedule))
-    assert len(whole) == 4 and float(whole[-1]) < float(whole[0]) - 0.05
-    saved = train(tmp_path, *schedule, "--save", "ckpt", "--exit-interval", "2")
-    assert losses(saved) == whole[:2]
-    assert losses(train(tmp_path, *schedule, "--save", "ckpt", "--load", "ckpt")) == whole[2:]
+    assert len(whole) == 3 and float(whole[-1]) < float(whole[0]) - 0.05
+    train(tmp_path, *schedule, "--save", "ckpt", "--exit-interval", "2")
+    resumed = losses(train(tmp_path, *schedule, "--save", "ckpt", "--load", "ckpt"))
+    assert resumed[1:] == whole[1:]
 
 
 def test_boundaries_need_a_pipeline(tmp_path: Path) -> None:

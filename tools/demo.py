@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a small LLaMA on this machine's CPU twice, without and with MAPL, and compare the two.
+
+1. Turns Python's standard library into a dataset (kept for the next time).
+2. Trains a LLaMA over four pipeline stages, each a process of its own, plainly.
+3. Trains it again with the same flags and `--mapl-rank`.
+4. Prints and writes what both lost and learned: demo.md, demo.json, demo.png.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from report import Curve, Run, Traffic, draw, load, smoothed, table, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = 4
+SEQUENCE = 256
+SAMPLES = 16  # a step
+
+MODEL = (
+    f"--num-layers 4 --hidden-size 256 --ffn-hidden-size 688 --num-attention-heads 4 "
+    f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --position-embedding-type rope "
+    "--swiglu --normalization RMSNorm --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0"
+)
+TRAINING = (
+    f"--pipeline-model-parallel-size {STAGES} --micro-batch-size 4 --global-batch-size {SAMPLES} "
+    "--bf16 --use-distributed-optimizer --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 "
+    "--lr 1.5e-3 --min-lr 1.5e-4 --lr-decay-style cosine --lr-warmup-fraction 0.07 "
+    "--log-interval 1 --eval-iters 8"
+)
+# A rank below 256 / 8: token ids, headers and the projector exchange count as well.
+MAPL = "--mapl-rank 28"
+
+_STEP = re.compile(
+    r"iteration\s+(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: ([-+.\dEe]+)"
+)
+_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*?\| lm loss value: ([-+.\dEe]+)")
+
+
+class DemoError(RuntimeError):
+    """A part of the demo failed; the message says which, and shows why."""
+
+
+def demo(output: Path, steps: int) -> None:
+    """Prepare, train twice, compare.
+
+    Raises:
+        DemoError: a training or the preparation failed.
+    """
+    start = time.monotonic()
+    data = prepare(output / "data" / "stdlib")
+    flags = f"{MODEL} {TRAINING} --train-iters {steps} --eval-interval {steps // 4 + 1}".split()
+    plain = train("uncompressed", [*flags, *data], steps, output)
+    report = output / "mapl"
+    mapl = train("MAPL", [*flags, *data, *MAPL.split(), "--mapl-report-dir", str(report)],
+                 steps, output)  # fmt: skip
+    counted = load(report)
+    # Plain Megatron counts nothing; the other run has counted what the same micro-batches take.
+    runs = [
+        dataclasses.replace(plain, traffic=counted.uncompressed, uncompressed=counted.uncompressed),
+        dataclasses.replace(
+            mapl,
+            traffic=counted.traffic,
+            uncompressed=counted.uncompressed,
+            communicating=counted.communicating,
+        ),
+    ]
+    publish(runs, flags, output)
+    print(f"The demo took {_clock(time.monotonic() - start)}.")
+
+
+def prepare(prefix: Path) -> list[str]:
+    """Make the dataset, or find it there; the flags that train on it."""
+    print("Preparing the corpus: the source code of Python's standard library", flush=True)
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--source", "stdlib"]
+    command += ["--output-prefix", str(prefix), "--vocab-size", "4096"]
+    # Another Python's library is another corpus, and takes the old one's place.
+    command += ["--valid-fraction", "0.02", "--overwrite"]
+    if subprocess.run(command).returncode:
+        raise DemoError(f"preparing the corpus failed, as said above: {shlex.join(command)}")
+    manifest = prefix.with_name(prefix.name + ".json").read_bytes()
+    # Megatron's own cache of an older dataset would be taken for this one's.
+    cache = prefix.with_name("cache-" + hashlib.sha256(manifest).hexdigest()[:12])
+    return [
+        *("--train-data-path", f"{prefix}_train", "--valid-data-path", f"{prefix}_valid"),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"),
+        *("--data-cache-path", str(cache)),
+    ]
+
+
+def train(name: str, flags: Sequence[str], steps: int, output: Path) -> Run:
+    """Train once, with a progress line; losses and seconds as the log has them.
+
+    Raises:
+        DemoError: the job failed, or ended before its last step.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(STAGES), str(ROOT / "pretrain_gpt.py"), *flags]
+    log = output / f"{name.lower()}.log"
+    print(f"\nTraining {name}: {steps} steps of {SAMPLES * SEQUENCE:,} tokens, "
+          f"{STAGES} processes (log: {log})", flush=True)  # fmt: skip
+    losses: Curve = []
+    validation: dict[int, float] = {}
+    milliseconds: list[float] = []
+    with Progress(name, steps) as progress:
+
+        def follow(line: str) -> None:
+            if found := _STEP.search(line):
+                losses.append((int(found[1]), float(found[3])))
+                milliseconds.append(float(found[2]))
+                progress.step(losses[-1][1])
+            elif found := _VALIDATION.search(line):
+                validation[int(found[1])] = float(found[2])
+
+        run_job(command, log, follow)
+    if len(losses) != steps or steps not in validation:
+        raise DemoError(f"the log shows {len(losses)} of {steps} steps, or no last validation "
+                        f"loss; see {log}")  # fmt: skip
+    nothing = Traffic(0, 0)
+    seconds = sum(milliseconds) / 1000
+    return Run(name, losses, sorted(validation.items()), nothing, nothing, seconds)
+
+
+class Progress:
+    """One line that is redrawn on a terminal, ten lines a run elsewhere."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self._name, self._steps = name, steps
+        self._done = 0
+        self._bar = tqdm(total=steps, desc=f"{name} (starting)", unit="step", disable=None)
+        self._start = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def step(self, loss: float) -> None:
+        """One more step is done."""
+        self._done += 1
+        if self._done == 1:  # the start-up, and a first step that is slower, are no measure
+            self._start = time.monotonic()
+            self._bar.set_description(self._name)
+            self._bar.unpause()
+        elapsed = time.monotonic() - self._start
+        speed = f"{(self._done - 1) * SAMPLES * SEQUENCE / max(elapsed, 1e-9):,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        self._bar.update()
+        if self._bar.disable and self._done > 1 and self._done % max(1, self._steps // 10) == 0:
+            left = elapsed / max(1, self._done - 1) * (self._steps - self._done)
+            print(f"  step {self._done}/{self._steps}, loss {loss:.3f}, {speed}, "
+                  f"{_clock(left)} left", flush=True)  # fmt: skip
+
+
+def run_job(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -> None:
+    """Run torchrun, hand on and log what it prints; whatever happens, none of it is left running.
+
+    Raises:
+        DemoError: it failed; the message has the end of its log.
+    """
+    cores = len(os.sched_getaffinity(0))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, cores // STAGES)),
+        "CUDA_VISIBLE_DEVICES": "",  # there may be GPUs, but hardly one for each stage
+    }
+    environment.pop("PYTHONUNBUFFERED", None)  # it would tear lines of four processes apart
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        # A group of its own: Ctrl-C reaches this process alone, which then ends the job in order.
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                on_line(line)
+            code = process.wait()
+        finally:
+            _stop(process)
+    if code:
+        raise DemoError(f"the training ended with exit code {code}; from {log}:\n{_reason(log)}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is not None:
+        return
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        torchrun = psutil.Process(process.pid)
+        family = [*torchrun.children(recursive=True), torchrun]
+    try:
+        process.terminate()  # torchrun ends its workers, each of which is in a session of its own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
+    finally:
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def _reason(log: Path, count: int = 40) -> str:
+    """The part of a log that says why: from the first error on, else its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = (n for n, line in enumerate(lines) if re.search(r"Traceback|[Ee]rror: ", line))
+    first = next(errors, max(0, len(lines) - count))
+    return "\n".join(lines[first : first + count])
+
+
+def publish(runs: Sequence[Run], flags: Sequence[str], output: Path) -> None:
+    """Print the comparison, and write it as text, as data and as a picture."""
+    plain, mapl = runs
+    loss, base = mapl.validation[-1][1], plain.validation[-1][1]
+    summary = "\n".join(
+        f"{run.name}: training loss from {run.losses[0][1]:.3f} to "
+        f"{smoothed([loss for _, loss in run.losses])[-1]:.3f} (mean of the last 5 steps), "
+        f"validation loss {run.validation[-1][1]:.4f}."
+        for run in runs
+    )
+    summary += (
+        f"\nWith {mapl.ratio:.2f}× less traffic, all bytes counted, MAPL's validation loss is "
+        f"{abs(loss / base - 1) * 100:.2f}% {'above' if loss > base else 'below'} the "
+        "uncompressed run's."
+        "\nBoth ran over this machine's loopback, where bytes cost nothing: the seconds show what "
+        "MAPL computes, not what it saves on a slow network."
+    )
+    print(f"\n{table(runs)}\n\n{summary}")
+    draw(runs, output / "demo.png")
+    page = f"# Demo\n\n{table(runs, markdown=True)}\n\n{summary}\n\n![](demo.png)\n"
+    write_atomically(output / "demo.md", page.encode())
+    figures = {"flags": list(flags), "mapl_flags": MAPL.split()}
+    data = {**figures, "runs": [{**dataclasses.asdict(run), "ratio": run.ratio} for run in runs]}
+    write_atomically(output / "demo.json", (json.dumps(data, indent=2) + "\n").encode())
+    print(f"Written: {output / 'demo.png'}, demo.md and demo.json beside it.")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; a failure is told on stderr, with exit code 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("demo-out"), help="default: %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=150, help="of each run (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.steps < 4:
+        parser.error(f"--steps {options.steps} is too few; give 4 or more")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end in order, as for Ctrl-C
+    try:
+        demo(options.output_dir, options.steps)
+    except (DemoError, ValueError, OSError) as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo.py: interrupted; the training processes were ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
