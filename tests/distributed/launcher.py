@@ -6,6 +6,7 @@ imports once and then forks a child for every job; the child is a fresh process 
 its own rendezvous, as torchrun would have started it. Jobs arrive as files (see cluster.py).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -46,6 +47,7 @@ def serve(folder: Path, job: dict[str, Any], rank: int) -> None:
     folder.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
+        os.setsid()
         os._exit(run(folder, job, rank))
     deadline = time.monotonic() + job["timeout"]
     code = None
@@ -60,6 +62,9 @@ def serve(folder: Path, job: dict[str, Any], rank: int) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             code = -int(signal.SIGKILL)
+    # Workers that the job started (data loaders, checkpoint writers) end with it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
     (folder / f"status.{rank}").write_text(str(code))
 
 

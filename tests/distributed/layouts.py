@@ -12,7 +12,7 @@ MODEL = (
     "--tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1 --eval-iters 1 "
     "--eval-interval 100 --position-embedding-type rope --swiglu --normalization RMSNorm "
     "--disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 "
-    "--attention-dropout 0 --split 90,5,5"
+    "--attention-dropout 0 --split 90,5,5 --num-workers 0"
 ).split()
 
 

@@ -38,7 +38,7 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
     ("name", "more"),
     [
         ("pp2-dp2-distributed-optimizer", ""),
-        ("pp2-dp2-distributed-optimizer", "--async-save --use-persistent-ckpt-worker"),
+        ("pp2-dp2-distributed-optimizer", "--async-save"),
         ("pp2-vpp2-overlapped", ""),
         ("muon", ""),
         ("bf16", ""),
