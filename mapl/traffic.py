@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The byte ledger: what crossed each boundary, by kind, and what plain Megatron would have sent.
 
-Bytes are counted where they are sent, as they are handed to the network. A ratio is always
+Bytes are counted on the sending side, as a payload is packed. A ratio is always
 (uncompressed bytes, both directions) / (all bytes that crossed, both directions).
 """
 

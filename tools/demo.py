@@ -25,7 +25,8 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from report import Curve, Run, Traffic, draw, load, smoothed, table, write_atomically
+from mapl.files import write_atomically
+from report import Curve, Run, Traffic, draw, load, smoothed, table
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = 4

@@ -10,7 +10,6 @@ import argparse
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+
+from mapl.files import write_atomically
 
 TRAFFIC_FILE = "mapl_traffic.json"
 METRICS_FILE = "mapl_metrics.jsonl"
@@ -56,7 +57,7 @@ class Run:
         validation: validation loss by step; empty if unknown.
         traffic: what crossed.
         uncompressed: what plain Megatron would have sent for the same micro-batches.
-        seconds: in training steps.
+        seconds: wall clock after the first step, or the sum of the steps' times.
         communicating: seconds in communication, waiting for the neighbour included, mean over
             processes; None if unknown.
     """
@@ -90,7 +91,7 @@ def load(directory: Path) -> Run:
             validation=[],
             traffic=traffic,
             uncompressed=uncompressed,
-            seconds=report["seconds"]["training"],
+            seconds=report["seconds"]["after_first_step"],
             communicating=report["seconds"]["communication"]["mean"],
         )
     except FileNotFoundError:
@@ -227,17 +228,6 @@ def _draw_traffic(axes: Any, runs: Sequence[Run]) -> None:
     axes.set_xticks(range(len(groups)), groups)
     axes.set(title="Traffic over the stage boundaries, whole run", ylabel="MB (10⁶ bytes)")
     axes.legend(frameon=False, loc="upper left")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

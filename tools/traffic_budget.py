@@ -5,7 +5,9 @@
         --micro-batch-tokens 16384 --step-tokens 1048576
 
 Builds the layouts that a job builds and adds up their bytes; a test compares it with what a job
-reports to have sent. `--step-tokens` are those of one data-parallel replica.
+reports to have sent. Tokens are those of one data-parallel replica. Every tensor-parallel rank has
+its own link to the next stage: with --sequence-parallel it sends its part of the tokens, without it
+all of them, as plain Megatron does; the projector's gradient it sends whole.
 """
 
 import argparse
@@ -31,6 +33,8 @@ def budget(
     micro_batch_tokens: int,
     step_tokens: int,
     dtype: torch.dtype,
+    tensor_model_parallel_size: int = 1,
+    sequence_parallel: bool = False,
 ) -> dict[str, Any]:
     """The report (see `traffic.report`) of one boundary and one step."""
     if step_tokens % micro_batch_tokens:
@@ -38,6 +42,9 @@ def budget(
             f"--step-tokens {step_tokens} is no multiple of --micro-batch-tokens "
             f"{micro_batch_tokens}"
         )
+    ranks = tensor_model_parallel_size
+    micro_batches = step_tokens // micro_batch_tokens
+    rows_of_a_rank = micro_batch_tokens // ranks if sequence_parallel else micro_batch_tokens
     ledger = Ledger()
 
     def count(direction: Direction, rows: int, kind: torch.dtype, times: int, ids: bool) -> None:
@@ -49,10 +56,10 @@ def budget(
         for _ in range(times):
             ledger.count(channel.layout_of((rows, 1)), uncompressed=uncompressed)
 
-    micro_batches = step_tokens // micro_batch_tokens
-    count(Direction.FORWARD, micro_batch_tokens, dtype, micro_batches, ids=True)
-    count(Direction.BACKWARD, micro_batch_tokens, dtype, micro_batches, ids=False)
-    count(Direction.PROJECTOR, hidden_size, torch.float32, 2, ids=False)  # each side sends its own
+    count(Direction.FORWARD, rows_of_a_rank, dtype, micro_batches * ranks, ids=True)
+    count(Direction.BACKWARD, rows_of_a_rank, dtype, micro_batches * ranks, ids=False)
+    # Each side sends its own.
+    count(Direction.PROJECTOR, hidden_size, torch.float32, 2 * ranks, ids=False)
     return traffic.report([ledger.sent])
 
 
@@ -63,6 +70,8 @@ def main() -> None:
     )
     for flag in ("hidden-size", "rank", "vocab-size", "micro-batch-tokens", "step-tokens"):
         parser.add_argument(f"--{flag}", type=int, required=True)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model")
     args = vars(parser.parse_args())
     try:

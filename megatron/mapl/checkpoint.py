@@ -10,53 +10,60 @@ every boundary hold the same projector, bit for bit.
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing, print_rank_0
-from megatron.training import training as megatron_training
 
 from mapl import stiefel
 from megatron.mapl import metrics
 from megatron.mapl.arguments import PREFIX
 from megatron.mapl.errors import exit_with_error
-from megatron.mapl.model import StageBoundaries
-from megatron.mapl.patching import replace
+from megatron.mapl.model import VOCABULARY_TABLES, StageBoundaries
 from megatron.mapl.runtime import MaplRuntime
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def install_checkpoint_args() -> None:
-    """Lets `--use-checkpoint-args` take the `--mapl-*` settings too, where the user gave none."""
-    load_args = checkpointing.load_args_from_checkpoint
+#: Settings of a run, not of a model: `--use-checkpoint-args` leaves them alone.
+_OF_A_RUN = tuple(PREFIX + name for name in ("report_dir", "log_interval", "checkpoint"))
+
+
+def taking_mapl_args(load_args: Callable[..., Any]) -> Callable[..., Any]:
+    """`load_args_from_checkpoint` that takes the `--mapl-*` settings too, if the user gave none."""
 
     def load_args_with_mapl(args: Any, *more: Any, **kwargs: Any) -> Any:
         loaded = load_args(args, *more, **kwargs)
-        if isinstance(loaded, tuple):
+        given = [name for name in vars(args) if name.startswith(PREFIX)]
+        if isinstance(loaded, tuple) and not set(given) - set(_OF_A_RUN):
+            dropping = getattr(args, PREFIX + "checkpoint", None) == "drop"
             for name, value in vars(loaded[1]).items():
-                # report_dir and checkpoint are of a run, not of a model.
-                run_only = name in (PREFIX + "report_dir", PREFIX + "checkpoint")
-                if name.startswith(PREFIX) and value is not None and not run_only:
-                    setattr(args, name, getattr(args, name, value))
+                known = name.startswith(PREFIX) and name not in _OF_A_RUN
+                if known and value is not None and not dropping:
+                    setattr(args, name, value)
         return loaded
 
-    replace(checkpointing, "load_args_from_checkpoint", load_args_with_mapl)
+    return load_args_with_mapl
 
 
-def install_guard(args: Any, runtime: MaplRuntime | None) -> None:
-    """Puts the checks around Megatron's load and save, in plain jobs around the load alone."""
-    load = megatron_training.load_checkpoint
-    save = megatron_training.save_checkpoint
+def guarded_load(
+    load: Callable[..., Any], args: Any, runtime: MaplRuntime | None
+) -> Callable[..., Any]:
+    """Megatron's `load_checkpoint` with the checks of this module around it."""
 
-    def guarded_load(*load_args: Any, **kwargs: Any) -> Any:
+    def prepare_and_load(model: Any, optimizer: Any, scheduler: Any, **kwargs: Any) -> Any:
+        skip_optimizer = args.no_load_optim
         try:
             _prepare_load(args, runtime)
         except ValueError as error:
             exit_with_error(error)
-        result = load(*load_args, **kwargs)
+        result = load(model, optimizer, scheduler, **kwargs)
+        if args.no_load_optim and not skip_optimizer and scheduler is not None:
+            # Megatron loads the schedule with the optimizer alone; training goes on where it was.
+            scheduler.step(increment=0 if args.finetune else args.consumed_train_samples)
         if runtime is not None:
             for stage in runtime.stages:
                 stage.load_sources = None
@@ -65,15 +72,18 @@ def install_guard(args: Any, runtime: MaplRuntime | None) -> None:
             check_sides(runtime)
         return result
 
-    def guarded_save(*save_args: Any, **kwargs: Any) -> None:
-        assert runtime is not None
+    return prepare_and_load
+
+
+def guarded_save(save: Callable[..., None], runtime: MaplRuntime) -> Callable[..., None]:
+    """Megatron's `save_checkpoint`, before which both sides are compared; writes the traffic."""
+
+    def check_and_save(*args: Any, **kwargs: Any) -> None:
         check_sides(runtime)
-        save(*save_args, **kwargs)
+        save(*args, **kwargs)
         metrics.write_traffic(runtime)
 
-    replace(megatron_training, "load_checkpoint", guarded_load)
-    if runtime is not None:
-        replace(megatron_training, "save_checkpoint", guarded_save)
+    return check_and_save
 
 
 def check_sides(runtime: MaplRuntime) -> None:
@@ -83,19 +93,26 @@ def check_sides(runtime: MaplRuntime) -> None:
         RuntimeError: two copies differ, or a projector has left the manifold.
     """
     own: dict[int, str] = {}
+    lost: list[str] = []
     for port in runtime.ports():
         if port.projector is None:
             continue
         if runtime.config.projector != "unconstrained":
-            stiefel.check(port.projector.A, name=f"the projector of boundary {port.boundary}")
+            try:
+                stiefel.check(port.projector.A, name=f"the projector of boundary {port.boundary}")
+            except RuntimeError as error:  # told to all processes, which else would wait here
+                lost.append(str(error))
         digest = hashlib.sha256()
         for tensor in port.projector.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
         own[port.boundary] = digest.hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, (own, lost))
+    for _, errors in everyone:
+        if errors:
+            raise RuntimeError(errors[0])
     first: dict[int, tuple[int, str]] = {}
-    for rank, digests in enumerate(everyone):
+    for rank, (digests, _) in enumerate(everyone):
         for boundary, digest in digests.items():
             other, expected = first.setdefault(boundary, (rank, digest))
             if digest != expected:
@@ -117,14 +134,21 @@ def _prepare_load(args: Any, runtime: MaplRuntime | None) -> None:
     if args.pretrained_checkpoint is not None and not checkpointing.checkpoint_exists(directory):
         directory = args.pretrained_checkpoint
     state, path, _, kind = checkpointing._load_base_checkpoint(directory, args, rank0=True)
-    if state is None or kind != checkpointing.CheckpointType.GLOBAL:
+    if state is None:
+        return
+    if kind != checkpointing.CheckpointType.GLOBAL:
+        if runtime is not None:
+            raise ValueError(
+                f"--load {directory} is a checkpoint of type {kind.name.lower()}; boundaries are "
+                "loaded from --ckpt-format torch_dist alone: convert it first"
+            )
         return
     tensors = dist_checkpointing.load_tensors_metadata(path)
     saved = {k: tuple(t.global_shape) for k, t in tensors.items() if k.startswith("mapl.")}
     if runtime is None:
         _prepare_plain_load(args, directory, saved)
         return
-    problem = _match(state["args"], args, runtime, saved)
+    problem = _match(state.get("args"), args, runtime, saved)
     if problem is None:
         return
     if runtime.config.checkpoint != "fresh":
@@ -235,7 +259,7 @@ def _match_stage(
                 notes.append(f"{cut} is new in this pipeline: its projector starts fresh")
             continue
         # The vocabulary may be padded otherwise for another tensor parallel size.
-        free = 1 if key.endswith(".E") else 0
+        free = 1 if key.endswith(VOCABULARY_TABLES) else 0
         if saved[source][free:] != tuple(tensor.shape)[free:]:
             problems.append(
                 f"{source} has shape {list(saved[source])}, this run's flags ask for "

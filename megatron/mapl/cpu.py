@@ -238,6 +238,12 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: naming the flag, its value and the value that works without a GPU.
     """
+    if getattr(args, "use_layer_wise_distributed_optimizer", False) and args.data_parallel_size > 1:
+        raise ValueError(
+            f"--optimizer {args.optimizer} with --use-distributed-optimizer and "
+            f"{args.data_parallel_size} data-parallel replicas gathers unequal parts, which gloo "
+            "cannot; leave --use-distributed-optimizer out or run on GPUs"
+        )
     for dest, (flag, works) in _REQUIRED.items():
         value = getattr(args, dest)
         if value != works:

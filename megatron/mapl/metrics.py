@@ -2,9 +2,9 @@
 """The run report: mapl_traffic.json and mapl_metrics.jsonl, and the same to TensorBoard, W&B."""
 
 import json
-import os
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
-from megatron.training import training as megatron_training
 
 from mapl import traffic
 from mapl.boundary import principal_angles
+from mapl.files import write_atomically
 from mapl.stiefel import orthonormality_error
-from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
 
 TRAFFIC_FILE = "mapl_traffic.json"
 METRICS_FILE = "mapl_metrics.jsonl"
 
 
-def install(runtime: MaplRuntime) -> None:
-    """Follows Megatron's training log."""
-    log = megatron_training.training_log
+def recording(log: Callable[..., Any], runtime: MaplRuntime) -> Callable[..., Any]:
+    """Megatron's `training_log`, after which the metrics of the step are noted."""
     recorder = _Recorder(runtime)
 
     def log_and_record(
@@ -41,7 +39,7 @@ def install(runtime: MaplRuntime) -> None:
         recorder.step(loss_dict, iteration)
         return result
 
-    replace(megatron_training, "training_log", log_and_record)
+    return log_and_record
 
 
 def report_dir(runtime: MaplRuntime) -> Path:
@@ -50,7 +48,12 @@ def report_dir(runtime: MaplRuntime) -> Path:
 
 
 def write_traffic(runtime: MaplRuntime) -> None:
-    """Adds up the ledgers of all processes; rank 0 writes the file, whole or not at all."""
+    """Adds up the ledgers of all processes; rank 0 writes the file, whole or not at all.
+
+    Raises:
+        PayloadError: a payload since the last step, of an evaluation, was not what was due.
+    """
+    runtime.guard.raise_if_faulty()
     ledgers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
         ledgers,
@@ -64,12 +67,12 @@ def write_traffic(runtime: MaplRuntime) -> None:
         "steps": runtime.steps,
         "tokens": runtime.tokens,
         "seconds": {
-            "training": max(training),
+            "after_first_step": max(training),
             "communication": {"mean": sum(communication) / len(ledgers), "max": max(communication)},
         },
     }
     path = report_dir(runtime) / TRAFFIC_FILE
-    _replace_file(path, json.dumps(report, indent=2) + "\n")
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
 class _Recorder:
@@ -79,7 +82,8 @@ class _Recorder:
         self._runtime = runtime
         self._losses: list[torch.Tensor] = []
         self._file_begun = False
-        self._interval_start = time.perf_counter()
+        self._start = time.perf_counter()
+        self._first_iteration = 0
         self._skipped: dict[int, int] = {}
 
     def step(self, loss_dict: dict[str, torch.Tensor], iteration: int) -> None:
@@ -88,9 +92,10 @@ class _Recorder:
         now = time.perf_counter()
         runtime.steps += 1
         runtime.tokens += get_current_global_batch_size() * args.seq_length
-        if runtime.steps > 1:  # the first step has the start-up in it
-            runtime.training_seconds += now - self._interval_start
-        self._interval_start = now
+        if runtime.steps == 1:  # the first step has the start-up in it
+            self._start, runtime.communication_seconds = now, 0.0
+            self._first_iteration = iteration
+        runtime.training_seconds = now - self._start
         if "lm loss" in loss_dict:
             self._losses.append(loss_dict["lm loss"].detach().float().mean())
         interval = runtime.config.log_interval or args.log_interval
@@ -108,7 +113,8 @@ class _Recorder:
         self._losses.clear()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
-        line = _combine(iteration, self._runtime.tokens, everyone)
+        tokens = get_args().consumed_train_samples * get_args().seq_length
+        line = _combine(iteration, tokens, everyone)
         _write_to_trackers(line)
         if dist.get_rank() == 0:
             self._warn_of_skipped_steps(line)
@@ -130,8 +136,8 @@ class _Recorder:
         path = report_dir(self._runtime) / METRICS_FILE
         if not self._file_begun:
             # A resumed run repeats the steps after its checkpoint: its lines replace the old ones.
-            kept = _lines_before(path, line["iteration"])
-            _replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            kept = _lines_before(path, self._first_iteration)
+            write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
             self._file_begun = True
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -148,7 +154,7 @@ def _describe(stage: Any) -> dict[str, Any]:
         "boundary": outlet.boundary,
         "energy_kept": None if stage.energy is None else float(stage.energy),
         "orthonormality_error": float(orthonormality_error(projector.A)),
-        "gradient_norm": float(projector.grad.norm()) if projector.learns else None,
+        "gradient_norm": _finite(projector.grad.norm()) if projector.learns else None,
         "skipped_steps": int(projector.skipped_steps) if projector.learns else 0,
     }
     if inlet is not None and inlet.projector is not None:
@@ -161,11 +167,29 @@ def _describe(stage: Any) -> dict[str, Any]:
     return description
 
 
+def _finite(value: torch.Tensor) -> float | None:
+    """None for what JSON has no number for: the gradient of a step that was skipped."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def _combine(iteration: int, tokens: int, everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of metrics from what all processes know; replicas agree, so each is named once."""
+    """One line of metrics from what all processes know.
+
+    Replicas of a boundary agree but for the energy, which is a mean over their micro-batches.
+    `tokens` count from the start of training, bytes from the start of this run.
+    """
     losses = [own["loss"] for own in everyone if own["loss"] is not None]
     stages = [stage for own in everyone for stage in own["stages"]]
     boundaries = {s["boundary"]["boundary"]: s["boundary"] for s in stages if s["boundary"]}
+    for number, entry in boundaries.items():
+        energies = [
+            s["boundary"]["energy_kept"]
+            for s in stages
+            if s["boundary"] and s["boundary"]["boundary"] == number
+        ]
+        if None not in energies:
+            entry["energy_kept"] = sum(energies) / len(energies)
     angles = {tuple(s["angle"]["boundaries"]): s["angle"] for s in stages if s["angle"]}
     sent = sum(own["sent"]["sent"] for own in everyone)
     uncompressed = sum(own["sent"]["uncompressed"] for own in everyone)
@@ -184,14 +208,18 @@ def _combine(iteration: int, tokens: int, everyone: list[dict[str, Any]]) -> dic
 def _write_to_trackers(line: dict[str, Any]) -> None:
     """TensorBoard and W&B, on the rank where Megatron keeps its writers."""
     tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-    scalars = {"mapl/ratio": line["ratio"], "mapl/sent-bytes": line["sent_bytes"]}
+    scalars = {
+        f"mapl/{name.replace('_', '-')}": line[name]
+        for name in ("ratio", "sent_bytes", "uncompressed_bytes", "tokens")
+    }
     for entry in line["boundaries"]:
         for name, value in entry.items():
             if name != "boundary":
                 scalars[f"mapl/boundary-{entry['boundary']}/{name.replace('_', '-')}"] = value
     for entry in line["angles"]:
         between = "-".join(map(str, entry["boundaries"]))
-        scalars[f"mapl/angle-{between}/mean-degrees"] = entry["mean_degrees"]
+        for name in ("mean_degrees", "smallest_degrees"):
+            scalars[f"mapl/angle-{between}/{name.replace('_', '-')}"] = entry[name]
     scalars = {name: value for name, value in scalars.items() if value is not None}
     if tensorboard:
         for name, value in scalars.items():
@@ -212,13 +240,3 @@ def _lines_before(path: Path, iteration: int) -> Iterable[dict[str, Any]]:
         if entry["iteration"] < iteration:
             kept.append(entry)
     return kept
-
-
-def _replace_file(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

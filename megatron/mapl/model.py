@@ -33,6 +33,9 @@ from megatron.mapl.runtime import MaplRuntime
 #: The attribute under which a tensor in Megatron's schedule carries its payload.
 PAYLOAD = "mapl_payload"
 
+#: The anchors' states with one row for each token.
+VOCABULARY_TABLES = (".E", ".table")
+
 #: The attribute by which the optimizer knows an anchor table.
 ANCHOR_TAG = "is_mapl_anchor"
 
@@ -259,7 +262,11 @@ class StageBoundaries(nn.Module):
                 key = self.load_sources[name]
                 replica += self.table_readers.get(key, 0)
             sharded[prefix + name] = ShardedTensor.from_rank_offsets(
-                key, tensor, replica_id=(replica, get_pg_rank(self.groups.tp), get_pg_rank(dp_cp))
+                key,
+                tensor,
+                replica_id=(replica, get_pg_rank(self.groups.tp), get_pg_rank(dp_cp)),
+                # Another tensor parallel size may pad the vocabulary otherwise.
+                allow_shape_mismatch=name.endswith(VOCABULARY_TABLES),
             )
         return sharded
 

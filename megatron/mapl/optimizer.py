@@ -3,7 +3,7 @@
 
 The projectors stay outside of DDP and of the distributed optimizer, which shards flat buffers and
 cannot take a matrix step. `with_projectors` gives Megatron's optimizer object a class that adds
-three things to its own: clear the projectors' gradients, remember the loss scale, and step the
+three things to its own: clear the projectors' gradients, take the loss scale off them, and step the
 projectors when (and only when) the optimizer itself steps. A parameter group without parameters
 lets Megatron's scheduler drive their learning rate.
 """
@@ -11,7 +11,6 @@ lets Megatron's scheduler drive their learning rate.
 import types
 from typing import Any
 
-import torch
 from megatron.core.optimizer.optimizer_config import ParamKey
 
 from megatron.mapl.model import ANCHOR_TAG
@@ -23,7 +22,6 @@ class _WithProjectors:
 
     _mapl: MaplRuntime
     _mapl_group: dict[str, Any]
-    _mapl_loss_scale: torch.Tensor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for projector in self._mapl.projectors():
@@ -35,8 +33,10 @@ class _WithProjectors:
         return [*super().param_groups, self._mapl_group]  # type: ignore[misc]
 
     def prepare_grads(self) -> bool:
-        # The scale that these gradients were made with: the call below may change it.
-        self._mapl_loss_scale = self.get_loss_scale().clone()  # type: ignore[attr-defined]
+        # By the scale that these gradients were made with: the call below may change it.
+        for projector in self._mapl.projectors():
+            if projector.grad is not None:
+                projector.grad /= self.get_loss_scale()  # type: ignore[attr-defined]
         return bool(super().prepare_grads())  # type: ignore[misc]
 
     def step_with_ready_grads(self) -> bool:
@@ -45,9 +45,8 @@ class _WithProjectors:
         if success:
             for projector in self._mapl.projectors():
                 if projector.learns:
-                    assert projector.grad is not None
-                    projector.grad /= self._mapl_loss_scale
-                    projector.step(self._mapl_group["lr"])
+                    multiplier = self._mapl.config.projector_lr_mult
+                    projector.step(multiplier * self._mapl_group["lr"])
         return success
 
 
@@ -58,7 +57,6 @@ def with_projectors(optimizer: Any, config: Any, runtime: MaplRuntime) -> Any:
         optimizer: what `get_megatron_optimizer` returned.
         config: its `OptimizerConfig`.
     """
-    multiplier = runtime.config.projector_lr_mult
     name = f"{type(optimizer).__name__}WithProjectors"
     combined_class = types.new_class(name, (_WithProjectors, type(optimizer)))
     combined: Any = object.__new__(combined_class)
@@ -67,8 +65,8 @@ def with_projectors(optimizer: Any, config: Any, runtime: MaplRuntime) -> Any:
     combined._mapl_group = {
         "params": [],
         "lr": 0.0,
-        "max_lr": config.lr * multiplier,
-        "min_lr": (config.min_lr or 0.0) * multiplier,
+        "max_lr": config.lr,
+        "min_lr": config.min_lr or 0.0,
         "wd_mult": 0.0,
         "lr_mult": 1.0,
         "is_expert_parallel": False,

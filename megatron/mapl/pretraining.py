@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Composes a pretraining job: flags, mends, hooks, then Megatron's own training loop.
 
-Everything that is replaced in Megatron for the boundaries' sake stands in `_hook_into_megatron`;
-mends of its faults stand in upstream.py and the stand-ins for a GPU in cpu.py.
+Everything that is replaced in Megatron for the boundaries' sake stands in this file: in `run` what
+plain jobs need too, in `_hook_into_megatron` the rest. Mends of its faults stand in upstream.py and
+the stand-ins for a GPU in cpu.py.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
-from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training import (
+    checkpointing,
+    inprocess_restart,
+    pretrain,
+    print_rank_0,
+    set_startup_timestamps,
+)
 from megatron.training import training as megatron_training
 from megatron.training.argument_utils import (
     gpt_config_from_args,
@@ -40,7 +49,11 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     if cpu_mode:
         cpu.patch_megatron()
     upstream.install()
-    checkpoint.install_checkpoint_args()
+    replace(
+        checkpointing,
+        "load_args_from_checkpoint",
+        checkpoint.taking_mapl_args(checkpointing.load_args_from_checkpoint),
+    )
     try:
         args = _parse(cpu_mode)
         model_config = gpt_config_from_args(args)
@@ -50,7 +63,10 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     # Parses the command line again, with Megatron's flags alone: `--help` must meet ours first.
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     model_config.pre_wrap_hooks.append(partial(_agree, args=args))
-    checkpoint.install_guard(args, runtime)
+    loading = checkpoint.guarded_load(megatron_training.load_checkpoint, args, runtime)
+    replace(megatron_training, "load_checkpoint", loading)
+    train = _finishing_on_exit(megatron_training.train, runtime, cpu_mode)
+    replace(megatron_training, "train", train)
     if runtime is not None:
         _hook_into_megatron(model_config, runtime)
     wrapped_pretrain(
@@ -61,10 +77,29 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         store=store,
         get_embedding_ranks=gpt.get_embedding_ranks,
     )
+    _finish(runtime, cpu_mode)
+
+
+def _finish(runtime: MaplRuntime | None, cpu_mode: bool) -> None:
     if runtime is not None:
         metrics.write_traffic(runtime)
     if cpu_mode:
         cpu.shut_down()
+
+
+def _finishing_on_exit(
+    train: Callable[..., Any], runtime: MaplRuntime | None, cpu_mode: bool
+) -> Callable[..., Any]:
+    """Megatron's `train`, which ends the process by itself at `--exit-interval` and on signals."""
+
+    def train_and_finish(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except SystemExit:  # raised on all processes together, after the last save
+            _finish(runtime, cpu_mode)
+            raise
+
+    return train_and_finish
 
 
 def _parse(cpu_mode: bool) -> Any:
@@ -137,7 +172,7 @@ def _agree(chunks: list[Any], args: Any) -> list[Any]:
 
 
 def _hook_into_megatron(model_config: Any, runtime: MaplRuntime) -> None:
-    """The seams: model, gradients, communicator, optimizer, logging."""
+    """The seams: model, gradients, communicator, optimizer, log, save."""
     model_config.pre_wrap_hooks.append(partial(model.attach, runtime=runtime))
     model_config.transformer.finalize_model_grads_func = partial(grads.finalize, runtime=runtime)
     # Looked up at each schedule call, which builds a communicator a step.
@@ -146,9 +181,14 @@ def _hook_into_megatron(model_config: Any, runtime: MaplRuntime) -> None:
     build_optimizer = megatron_training.get_megatron_optimizer
 
     def build_with_projectors(config: Any, chunks: Any, **kwargs: Any) -> Any:
+        # NCCL wants all of a group in its first operation; not every stage exchanges projectors.
+        torch.distributed.barrier(group=runtime.stages[0].groups.pp)
         checkpoint.check_sides(runtime)  # both drew the same projector, whatever their hardware
         kwargs["config_overrides"] = without_anchor_decay(kwargs.get("config_overrides"))
         return with_projectors(build_optimizer(config, chunks, **kwargs), config, runtime)
 
     replace(megatron_training, "get_megatron_optimizer", build_with_projectors)
-    metrics.install(runtime)
+    recording = metrics.recording(megatron_training.training_log, runtime)
+    replace(megatron_training, "training_log", recording)
+    saving = checkpoint.guarded_save(megatron_training.save_checkpoint, runtime)
+    replace(megatron_training, "save_checkpoint", saving)

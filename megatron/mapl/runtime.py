@@ -31,8 +31,8 @@ class MaplRuntime:
         seed: Megatron's `--seed`.
         stages: the model chunks of this process, in order, once the model is built.
         ledger, guard: bytes sent, payloads checked.
-        communication_seconds: host time spent in exchanges and in waiting for them.
-        training_seconds: time of the steps of this run, without the first.
+        communication_seconds: host time in exchanges and in waiting for them, since the first step.
+        training_seconds: wall-clock time since the first step, evaluations and saves included.
         steps, tokens: of this run.
     """
 

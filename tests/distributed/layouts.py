@@ -44,7 +44,7 @@ DIST_OPT = "--use-distributed-optimizer"
 LAYOUTS = {
     "pp2": Layout(2, PP2),
     "pp4": Layout(4, PP4),
-    "pp2-unbatched": Layout(2, f"{PP2} --overlap-p2p-communication-warmup-flush {VPP}"),
+    "pp2-vpp2-flush": Layout(2, f"{PP2} --overlap-p2p-communication-warmup-flush {VPP}"),
     "pp2-vpp2-overlapped": Layout(2, f"{PP2} {VPP}"),
     "pp2-vpp2-group4": Layout(
         2, f"{PP2} {VPP} --microbatch-group-size-per-virtual-pipeline-stage 4"

@@ -121,3 +121,17 @@ def nudge_projector_after_load(record: dict[str, Any]) -> None:
         check_sides(runtime)
 
     checkpoint.check_sides = nudge_and_check
+
+
+def unbatched_transfers(record: dict[str, Any]) -> None:
+    """No fault: a setting that Megatron's flags reach for interleaved schedules alone."""
+    from megatron.mapl import pretraining
+
+    config_from_args = pretraining.gpt_config_from_args
+
+    def unbatched(args: Any) -> Any:
+        config = config_from_args(args)
+        config.transformer.batch_p2p_comm = False
+        return config
+
+    pretraining.gpt_config_from_args = unbatched

@@ -42,6 +42,9 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("pp2-vpp2-overlapped", ""),
         ("muon", ""),
         ("bf16", ""),
+        ("fp16", "--initial-loss-scale 1024 --train-iters 4"),
+        ("tp2-sp-pp2", "--use-distributed-optimizer"),
+        ("moe-ep2", ""),
     ],
 )
 def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, more: str) -> None:
@@ -173,6 +176,19 @@ def test_fresh_changes_nothing_where_the_checkpoint_fits(
     fresh = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, load, "--mapl-checkpoint fresh"))
     assert "start anew" not in fresh.log
     assert fresh.losses == plain.losses
+
+
+def test_another_padding_of_the_vocabulary(cluster: Cluster, tmp_path: Path) -> None:
+    """129 tokens are padded to 192 rows for one tensor parallel rank, to 256 for two."""
+    more = "--vocab-size 128 --make-vocab-size-divisible-by 64"
+    saved = cluster.run(
+        2, LAYOUTS["pp2"].command(MAPL, SAVE, more, f"--save {tmp_path} --exit-interval 2")
+    )
+    load = f"--load {tmp_path} --no-load-optim --no-load-rng"
+    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(MAPL, SAVE, more, load))
+    assert anchors(saved)[0][0]["E"].shape[0] == 192
+    assert anchors(result)[0][0]["E"].shape[0] == 256
+    assert result.losses[0] < saved.losses[0] - 0.05  # it went on, and did not start anew
 
 
 def test_finetune_forgets_momentum(cluster: Cluster, checkpoints: dict[str, Path]) -> None:

@@ -186,3 +186,36 @@ def test_traffic_budget_is_what_a_job_sends(cluster: Cluster) -> None:
                 for entry in (sent, planned["boundaries"][0])
             ]
             assert each[0] == each[1], (direction, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "tolerance"),
+    [
+        ("pp2-dp2", "", 1e-4),
+        ("pp2-dp2-distributed-optimizer-overlaps", "", 1e-4),
+        ("tp2-pp2", "", 1e-4),
+        ("tp2-sp-pp2", "", 1e-4),
+        ("per-token-loss", "", 1e-4),
+        ("bf16", "", 3e-2),
+        ("fp16", "--initial-loss-scale 1024 --train-iters 4", 1e-2),
+    ],
+)
+def test_the_projectors_gradient_is_that_of_one_replica(
+    cluster: Cluster, name: str, more: str, tolerance: float
+) -> None:
+    """The same global batch gives the same dA, however it is spread and scaled."""
+    settings = f"--mapl-rank {RANK} --mapl-log-interval 1"
+    one = cluster.run(2, LAYOUTS["pp2"].command(settings))
+    spread = cluster.run(LAYOUTS[name].world_size, LAYOUTS[name].command(settings, more))
+    first, other = (run.metrics[0]["boundaries"][0]["gradient_norm"] for run in (one, spread))
+    assert other == pytest.approx(first, rel=tolerance)
+    # The step takes the direction alone, so the projector after it shows that too.
+    held = [copies(run)[0][0]["A"] - copies(run, "start")[0][0]["A"] for run in (one, spread)]
+    cosine = torch.nn.functional.cosine_similarity(*(moved.flatten() for moved in held), dim=0)
+    assert cosine > 1 - 10 * tolerance
+
+
+def test_a_run_that_ends_early_leaves_its_report(cluster: Cluster) -> None:
+    more = f"--mapl-rank {RANK} --exit-interval 2"
+    result = cluster.run(2, LAYOUTS["pp2"].command(more))
+    assert result.traffic["steps"] == 2

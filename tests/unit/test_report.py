@@ -30,7 +30,7 @@ def write_report(
     }
     traffic: dict[str, Any] = {
         "boundaries": [{"boundary": b, **one} for b in range(boundaries)],
-        "seconds": {"training": 12.0, "communication": {"mean": 3.0, "max": 4.0}},
+        "seconds": {"after_first_step": 12.0, "communication": {"mean": 3.0, "max": 4.0}},
     }
     (directory / report.TRAFFIC_FILE).write_text(json.dumps(traffic))
     if losses is not None:
