@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from mapl.channel import Channel
-from megatron.mapl.model import PAYLOAD, take_payload
+from megatron.mapl.port import PAYLOAD, take_payload
 from megatron.mapl.runtime import MaplRuntime
 
 

@@ -15,7 +15,8 @@ from mapl.traffic import Ledger
 
 if TYPE_CHECKING:
     from mapl.projectors import Projector
-    from megatron.mapl.model import Port, StageBoundaries
+    from megatron.mapl.model import StageBoundaries
+    from megatron.mapl.port import Port
 
 
 @dataclass
