@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files that are whole or not there."""
+"""The files of a run report, and writing files that are whole or not there."""
 
 import os
 from pathlib import Path
+
+#: What a run with boundaries leaves in its report directory.
+TRAFFIC_FILE = "mapl_traffic.json"
+METRICS_FILE = "mapl_metrics.jsonl"
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -18,10 +18,7 @@ from typing import Any
 
 import matplotlib
 
-from mapl.files import write_atomically
-
-TRAFFIC_FILE = "mapl_traffic.json"
-METRICS_FILE = "mapl_metrics.jsonl"
+from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

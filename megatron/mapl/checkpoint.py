@@ -55,9 +55,10 @@ def guarded_load(
         except ValueError as error:
             exit_with_error(error)
         result = load(model, optimizer, scheduler, **kwargs)
-        if args.no_load_optim and not skip_optimizer and scheduler is not None:
+        converted = args.no_load_optim and not skip_optimizer
+        if converted and scheduler is not None and not args.finetune:
             # Megatron loads the schedule with the optimizer alone; training goes on where it was.
-            scheduler.step(increment=0 if args.finetune else args.consumed_train_samples)
+            scheduler.step(increment=args.consumed_train_samples)
         if runtime is not None:
             for stage in runtime.stages:
                 stage.load_sources = None

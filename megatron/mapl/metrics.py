@@ -15,12 +15,9 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from mapl import traffic
 from mapl.boundary import principal_angles
-from mapl.files import write_atomically
+from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
 from mapl.stiefel import orthonormality_error
 from megatron.mapl.runtime import MaplRuntime
-
-TRAFFIC_FILE = "mapl_traffic.json"
-METRICS_FILE = "mapl_metrics.jsonl"
 
 
 def recording(log: Callable[..., Any], runtime: MaplRuntime) -> Callable[..., Any]:
