@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: resume is bitwise, cuts survive a changed pipeline, what does not fit is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,13 @@ def test_what_does_not_fit_is_refused(
 def test_conversion_when_asked_for(
     cluster: Cluster, checkpoints: dict[str, Path], saved: str, settings: str, message: str
 ) -> None:
-    command = LAYOUTS["pp2"].command(settings, SAVE, f"--load {checkpoints[saved]}")
-    result = cluster.run(2, command)
+    load = f"--load {checkpoints[saved]} --lr-decay-style linear"
+    result = cluster.run(2, LAYOUTS["pp2"].command(settings, SAVE, load))
     assert message in result.log
     assert len(result.losses) == 2  # steps 3 and 4
+    rate = re.search(r"iteration +3/.*?learning rate: (\S+)", result.log)
+    assert rate is not None  # after 3 of 10 steps, the first of them warm-up: it goes on, not anew
+    assert float(rate[1]) == pytest.approx(3e-3 * (1 - 2 / 9), rel=1e-5)
     if "--mapl-rank" in settings:
         assert_sides_equal(result, 1, 2)
 
