@@ -7,8 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from mapl.codecs import Codec
-from mapl.payload import PayloadGuard, PayloadLayout, pack
+from mapl.payload import PayloadLayout, pack
+from mapl.payload_guard import PayloadGuard
 from mapl.traffic import Ledger
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of what `count` processes hold alike this one sends: the `index`-th of `count`."""
+
+    index: int
+    count: int
+
+
+#: This process alone holds what it sends.
+WHOLE = Share(0, 1)
 
 
 @dataclass
@@ -16,10 +29,12 @@ class Channel:
     """Both ends build the same channel, so they agree on every size without asking.
 
     Attributes:
-        layout: boundary, direction and id size; its sizes are set for each micro-batch shape.
+        layout: boundary, direction and vocabulary; its sizes are set for each micro-batch shape.
         width: numbers a token has on the wire.
         codec: how they become bytes.
         carries_ids: whether token ids go along.
+        share: which part of the tokens this process sends. Their number is a multiple of
+            `share.count`.
         sent, received: how many payloads this end has packed and unpacked. The header carries the
             sender's count, so that a payload that was lost or doubled is seen.
     """
@@ -28,42 +43,59 @@ class Channel:
     width: int
     codec: Codec
     carries_ids: bool
+    share: Share = WHOLE
     sent: int = 0
     received: int = 0
 
     def layout_of(self, tokens: Sequence[int]) -> PayloadLayout:
-        """The layout of a micro-batch of token shape `tokens` = (s, b)."""
+        """The layout of this process's part of a micro-batch of token shape `tokens` = (s, b)."""
+        return self._layout(tokens[0] * tokens[1] // self.share.count)
+
+    def _layout(self, rows: int) -> PayloadLayout:
         return replace(
             self.layout,
-            body_bytes=self.codec.body_bytes((*tokens, self.width)),
-            id_count=tokens[0] * tokens[1] if self.carries_ids else 0,
+            parts=tuple(self.codec.parts(rows).items()),
+            id_count=rows if self.carries_ids else 0,
         )
 
     def pack(
         self, tensor: torch.Tensor, ids: torch.Tensor | None, ledger: Ledger, uncompressed: int
     ) -> torch.Tensor:
-        """The payload of `tensor` [s, b, width] and `ids` [s, b]; books its bytes.
+        """The payload of this process's part of `tensor` [s, b, width] and `ids` [s, b].
+
+        Its bytes are booked in `ledger`.
 
         Args:
             uncompressed: bytes that plain Megatron would have sent for this micro-batch.
         """
+        rows = tensor.detach().reshape(-1, self.width)
+        whole = self._layout(len(rows)).total_bytes
+        body = self.codec.encode(self._own(rows), self.sent)
+        carried = None
+        if self.carries_ids:
+            assert ids is not None, "a channel that carries ids was given none"
+            carried = self._own(ids.flatten())
         layout = self.layout_of(tensor.shape[:2])
-        body = self.codec.encode(tensor)
-        payload = pack(layout, self.sent, body, ids if self.carries_ids else None)
+        payload = pack(layout, self.sent, body, carried)
         self.sent += 1
-        ledger.count(layout, uncompressed=uncompressed)
+        ledger.count(layout, uncompressed=uncompressed, unsplit=whole)
         return payload
 
     def unpack(
-        self, payload: torch.Tensor, out: torch.Tensor, guard: PayloadGuard
+        self, payloads: Sequence[torch.Tensor], out: torch.Tensor, guard: PayloadGuard
     ) -> torch.Tensor | None:
-        """Fills `out` [s, b, width] from `payload`; the ids [s, b] if there are any.
+        """Fills `out` [s, b, width] from the payloads of all shares; the ids [s, b] if any.
 
         Raises:
             PayloadError: see `PayloadGuard.unpack`.
         """
         layout = self.layout_of(out.shape[:2])
-        ids, body = guard.unpack(layout, self.received, payload)
+        pieces = [guard.unpack(layout, self.received, payload) for payload in payloads]
+        rows = out.detach().view(-1, self.width)
+        self.codec.decode([body for _, body in pieces], rows, self.received)
         self.received += 1
-        self.codec.decode(body, out)
-        return None if ids is None else ids.view(out.shape[:2])
+        ids = [part for part, _ in pieces if part is not None]
+        return torch.cat(ids).view(out.shape[:2]) if ids else None
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(self.share.count)[self.share.index]

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of MAPL: one frozen dataclass, from which the `--mapl-*` flags are generated."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+from mapl.codecs import CodecSettings, check_rvq
+
 AnchorKind = Literal["factorized", "none", "static", "full"]
-ProjectorKind = Literal["learned", "fixed", "unconstrained"]
+ProjectorKind = Literal["learned", "fixed", "unconstrained", "none"]
+CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq"]
 CheckpointMode = Literal["match", "fresh", "drop"]
+
+#: Codecs with one scale for each group of numbers.
+_GROUPED = ("fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +39,59 @@ class MaplConfig:
 
     projector: ProjectorKind = "learned"
     """How the projector A is trained: learned (on the Stiefel manifold, by SPEL), fixed (random
-    orthonormal), unconstrained (no manifold)."""
+    orthonormal), unconstrained (no manifold); none: no projector, the codecs quantise the
+    activations themselves (ranks must then be the hidden size)."""
 
     projector_lr_mult: float = 0.1
     """The projector's learning rate as a multiple of Megatron's."""
+
+    projector_exchange: Literal["fp32", "bf16"] = "fp32"
+    """The dtype in which the two sides of a boundary exchange the projector's gradient, once a
+    step."""
+
+    forward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
+    """How the latents' numbers become bytes: pipeline (as they are, in the model's dtype), fp8,
+    int8, int4 (a scale for each group), rvq (residual vector quantisation); one for all boundaries,
+    or one for each."""
+
+    backward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
+    """The same for the latents' gradients; int8 and int4 round them stochastically."""
+
+    codec_group_size: int | None = None
+    """Numbers that share a scale in fp8, int8 and int4. Default: 64."""
+
+    rvq_groups: int | None = None
+    """G, parts that rvq splits a latent into. Default: rank / 8."""
+
+    rvq_rounds: int | None = None
+    """R, codes that rvq gives each part, one after the other for what is left. Default: 4."""
+
+    rvq_codes: int | None = None
+    """K, codes of a codebook, a power of two. Default: 256."""
+
+    rvq_decay: float | None = None
+    """Decay a step of the moving averages behind the codebooks. Default: 0.99."""
+
+    rvq_sync: Literal["streaming", "full", "frozen"] | None = None
+    """How the receiver follows the codebooks: streaming (each micro-batch carries a few entries),
+    full (all entries after each step), frozen (never again after the first 16 steps). Default:
+    streaming."""
+
+    rvq_sync_entries: int | None = None
+    """Entries of each codebook that a micro-batch carries when streaming. Default: 1."""
+
+    rvq_order: Literal["round-robin", "random"] | None = None
+    """The order in which entries are streamed. Default: round-robin."""
+
+    tensor_parallel_split: bool = True
+    """Whether tensor-parallel ranks that hold the same latents each send a part of them and gather
+    the rest on the other side. It applies without --sequence-parallel, if the sequence length is a
+    multiple of the tensor-parallel size."""
+
+    receive_ahead: int | None = None
+    """Payloads of each direction that are received ahead of their use, and sent without waiting,
+    while the stage computes; 0 waits for each as Megatron does. Default: 2 over gloo without
+    virtual stages, else 0."""
 
     checkpoint: CheckpointMode = "match"
     """What --load does when the checkpoint's boundaries do not fit this run's: match (an error),
@@ -70,25 +126,79 @@ class MaplConfig:
                     f"--mapl-anchor-rank {self.anchor_rank} must be positive; use --mapl-anchor "
                     "none for no anchor"
                 )
-        if self.projector == "fixed" and self.projector_lr_mult != 0.1:
+        if self.projector in ("fixed", "none") and self.projector_lr_mult != 0.1:
             raise ValueError(
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} has no effect with "
-                "--mapl-projector fixed; leave it out"
+                f"--mapl-projector {self.projector}; leave it out"
             )
         if not 0 < self.projector_lr_mult < float("inf"):
             raise ValueError(
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} must be positive and finite; "
                 "use --mapl-projector fixed for a projector that does not move"
             )
+        if self.projector in ("fixed", "none") and self.projector_exchange != "fp32":
+            raise ValueError(
+                f"--mapl-projector-exchange {self.projector_exchange} has no effect with "
+                f"--mapl-projector {self.projector}, which has no gradient; leave it out"
+            )
+        if self.projector == "none" and self.anchor != "none":
+            raise ValueError(
+                f"--mapl-projector none sends the activations themselves, without an anchor; give "
+                f"--mapl-anchor none in place of {self.anchor}"
+            )
+        self._check_codecs()
+        if self.receive_ahead is not None and self.receive_ahead < 0:
+            raise ValueError(
+                f"--mapl-receive-ahead {self.receive_ahead} must be a number of payloads, or 0 to "
+                "wait for each"
+            )
         if self.log_interval is not None and self.log_interval <= 0:
             raise ValueError(f"--mapl-log-interval {self.log_interval} must be at least 1 step")
 
-    def plan(self, *, hidden_size: int, boundaries: int) -> "BoundaryPlan":
-        """Settles the ranks for a model.
+    def _check_codecs(self) -> None:
+        used = {*self.forward_codec, *self.backward_codec}
+        if self.codec_group_size is not None and not used.intersection(_GROUPED):
+            raise ValueError(
+                f"--mapl-codec-group-size {self.codec_group_size} has no effect without a codec "
+                f"that scales groups ({', '.join(_GROUPED)}); leave it out, or name one with "
+                "--mapl-forward-codec or --mapl-backward-codec"
+            )
+        for name, value in vars(self).items():
+            if name.startswith("rvq_") and value is not None and "rvq" not in used:
+                raise ValueError(
+                    f"--mapl-{name.replace('_', '-')} {value} has no effect without rvq; leave it "
+                    "out, or give --mapl-forward-codec rvq or --mapl-backward-codec rvq"
+                )
+        if self.rvq_sync in ("full", "frozen"):
+            for name in ("rvq_sync_entries", "rvq_order"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"--mapl-{name.replace('_', '-')} {value} has no effect with --mapl-rvq-"
+                        f"sync {self.rvq_sync}; leave it out, or use --mapl-rvq-sync streaming"
+                    )
+        if self.codec_group_size is not None and self.codec_group_size < 1:
+            raise ValueError(
+                f"--mapl-codec-group-size {self.codec_group_size} must be at least 1; 64 is usual"
+            )
+        if "rvq" in used:
+            check_rvq(self.codec_settings)
+
+    @property
+    def codec_settings(self) -> CodecSettings:
+        """The codecs' settings, with their defaults for what was left out."""
+        given = {
+            "group_size": self.codec_group_size,
+            **{name: value for name, value in vars(self).items() if name.startswith("rvq_")},
+        }
+        return CodecSettings(**{name: value for name, value in given.items() if value is not None})
+
+    def plan(self, *, hidden_size: int, boundaries: int, shards: int = 1) -> "BoundaryPlan":
+        """Settles the ranks and codecs for a model.
 
         Args:
             hidden_size: d, the width of the activations.
             boundaries: how many pairs of neighbouring stages there are.
+            shards: how many tensor-parallel ranks send a part of one micro-batch each.
 
         Raises:
             ValueError: the ranks do not fit the model or the pipeline.
@@ -109,27 +219,95 @@ class MaplConfig:
                 f"at most {hidden_size}"
             )
         ranks = self.rank * boundaries if len(self.rank) == 1 else self.rank
+        if self.projector == "none" and not {*ranks} <= {0, hidden_size}:
+            raise ValueError(
+                f"--mapl-rank {_spaced(self.rank)} with --mapl-projector none: without a projector "
+                f"all numbers cross; give the --hidden-size, {hidden_size}, or 0"
+            )
         anchor_rank = self.anchor_rank if self.anchor_rank is not None else max(1, hidden_size // 4)
         if anchor_rank > hidden_size:
             raise ValueError(
                 f"--mapl-anchor-rank {anchor_rank} exceeds --hidden-size {hidden_size}; it is at "
                 f"most {hidden_size}"
             )
-        return BoundaryPlan(hidden_size=hidden_size, ranks=tuple(ranks), anchor_rank=anchor_rank)
+        plan = BoundaryPlan(
+            hidden_size=hidden_size,
+            ranks=tuple(ranks),
+            anchor_rank=anchor_rank,
+            forward_codecs=_each(self.forward_codec, "--mapl-forward-codec", ranks),
+            backward_codecs=_each(self.backward_codec, "--mapl-backward-codec", ranks),
+        )
+        for boundary in range(boundaries):
+            if "rvq" in (plan.forward_codecs[boundary], plan.backward_codecs[boundary]):
+                check_rvq(self.codec_settings, width=plan.width(boundary), shards=shards)
+        return plan
 
 
 @dataclass(frozen=True)
 class BoundaryPlan:
-    """The ranks of one model's boundaries, in pipeline order."""
+    """The ranks and codecs of one model's boundaries, in pipeline order."""
 
     hidden_size: int
     ranks: tuple[int, ...]
     anchor_rank: int
+    forward_codecs: tuple[CodecName, ...]
+    backward_codecs: tuple[CodecName, ...]
 
     def width(self, boundary: int) -> int:
         """How many numbers a token has on the wire at `boundary`: r, or d if uncompressed."""
         return self.ranks[boundary] or self.hidden_size
 
 
-def _spaced(ranks: list[int]) -> str:
-    return " ".join(map(str, ranks))
+@dataclass(frozen=True, kw_only=True)
+class EmulationConfig:
+    """A slow network between stages, emulated; for jobs with and without boundaries.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    emulate_bandwidth: float | None = None
+    """Megabits a second of each link between neighbouring stages, in each direction. Default: as
+    fast as the network is."""
+
+    emulate_latency: float | None = None
+    """Milliseconds that each transfer between neighbouring stages takes longer, one way. Default:
+    none."""
+
+    def __post_init__(self) -> None:
+        if self.emulate_bandwidth is not None and not 0 < self.emulate_bandwidth < float("inf"):
+            raise ValueError(
+                f"--mapl-emulate-bandwidth {self.emulate_bandwidth} must be a positive number of "
+                "Mbit/s; leave it out for the network as it is"
+            )
+        if self.emulate_latency is not None and not 0 <= self.emulate_latency < float("inf"):
+            raise ValueError(
+                f"--mapl-emulate-latency {self.emulate_latency} must be a number of milliseconds, "
+                "0 or more"
+            )
+
+
+def _each(codecs: list[CodecName], flag: str, ranks: list[int]) -> tuple[CodecName, ...]:
+    """One codec for each boundary.
+
+    Raises:
+        ValueError: their number does not fit, or one is named for an uncompressed boundary.
+    """
+    if len(codecs) == 1:
+        return tuple(codecs[0] if rank else "pipeline" for rank in ranks)
+    if len(codecs) != len(ranks):
+        raise ValueError(
+            f"{flag} {_spaced(codecs)} gives {len(codecs)} codecs for {len(ranks)} boundaries; "
+            f"give one codec for all of them or {len(ranks)} codecs"
+        )
+    for boundary, (codec, rank) in enumerate(zip(codecs, ranks, strict=True)):
+        if not rank and codec != "pipeline":
+            raise ValueError(
+                f"{flag} {_spaced(codecs)} names {codec} for boundary {boundary}, which "
+                "--mapl-rank 0 leaves uncompressed; name pipeline there, or give it a rank"
+            )
+    return tuple(codecs)
+
+
+def _spaced(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))

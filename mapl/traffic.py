@@ -21,19 +21,22 @@ class Ledger:
         default_factory=lambda: defaultdict(Counter)
     )
 
-    def count(self, layout: PayloadLayout, *, uncompressed: int) -> None:
+    def count(self, layout: PayloadLayout, *, uncompressed: int, unsplit: int) -> None:
         """Books one payload.
 
         Args:
             layout: its layout.
             uncompressed: bytes that Megatron without MAPL would have sent in its place.
+            unsplit: bytes that this process would have sent if it shared the work with no other
+                process that holds the same (tensor-parallel ranks, replicas).
         """
         entry = self.sent[layout.boundary, layout.direction]
-        body = "projector" if layout.direction == Direction.PROJECTOR else "latents"
         entry["header"] += layout.frame_bytes
         entry["ids"] += layout.id_bytes
-        entry[body] += layout.body_bytes
+        for kind, size in layout.parts:
+            entry[kind] += size
         entry["uncompressed"] += uncompressed
+        entry["unsplit"] += unsplit
         entry["payloads"] += 1
 
 
@@ -41,9 +44,10 @@ def report(ledgers: Iterable[dict[tuple[int, Direction], Counter[str]]]) -> dict
     """Adds up the ledgers of all processes.
 
     Returns:
-        `boundaries`: one entry a boundary with bytes by kind for forward, backward and projector;
-        `total`: bytes by kind, `sent`, `uncompressed`, their `ratio`, and `overhead`: the share of
-        the traffic that is not latents.
+        `boundaries`: one entry a boundary with bytes by kind for each direction, and what follows
+        for the boundary; `total`: bytes by kind, `sent`, `uncompressed`, their `ratio`,
+        `overhead`: the share of the traffic that is not latents, and `split_factor`: how many times
+        more would have been sent if no process shared its payloads with those that hold the same.
     """
     sums: dict[int, dict[Direction, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     total: Counter[str] = Counter()
@@ -64,19 +68,20 @@ def report(ledgers: Iterable[dict[tuple[int, Direction], Counter[str]]]) -> dict
     }
 
 
-_KINDS = ("header", "ids", "latents", "projector")
+#: What the bytes of a payload are.
+KINDS = ("header", "ids", "latents", "scales", "codebook", "projector")
 
 
 def _by_kind(entry: Counter[str]) -> dict[str, int]:
-    kinds = {kind: entry[kind] for kind in _KINDS}
-    return {**kinds, "payloads": entry["payloads"]}
+    return {kind: entry[kind] for kind in (*KINDS, "unsplit", "payloads")}
 
 
 def _ratio(entry: Counter[str]) -> dict[str, float]:
-    sent = sum(entry[kind] for kind in _KINDS)
+    sent = sum(entry[kind] for kind in KINDS)
     return {
         "sent": sent,
         "uncompressed": entry["uncompressed"],
         "ratio": entry["uncompressed"] / sent if sent else 0.0,
         "overhead": 1 - entry["latents"] / sent if sent else 0.0,
+        "split_factor": entry["unsplit"] / sent if sent else 1.0,
     }

@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib
 
 from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
+from mapl.traffic import KINDS
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -105,8 +106,9 @@ def _traffic(boundaries: list[dict[str, Any]]) -> tuple[Traffic, Traffic]:
     plain = {"forward": 0, "backward": 0}
     for boundary in boundaries:
         for direction in sent:
-            kinds = boundary.get(direction, {})
-            sent[direction] += sum(count for kind, count in kinds.items() if kind != "payloads")
+            # Whole codebooks, sent now and then, are part of what their direction costs.
+            for entry in (boundary.get(direction, {}), boundary.get(f"{direction}_codebook", {})):
+                sent[direction] += sum(entry.get(kind, 0) for kind in KINDS)
         # The report has one figure for both directions. Payloads of activations and of gradients
         # stand for tensors of one size, so it divides as their numbers do.
         payloads = {d: boundary.get(d, {}).get("payloads", 0) for d in plain}

@@ -1,7 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a tensor becomes the body of a payload."""
 
-from mapl.codecs.base import Codec
-from mapl.codecs.numeric import DtypeCodec
+from collections.abc import Callable
+from dataclasses import dataclass
 
-__all__ = ["Codec", "DtypeCodec"]
+import torch
+
+from mapl.codecs.base import Codec, Role
+from mapl.codecs.counter_random import stream_key
+from mapl.codecs.numeric import DtypeCodec
+from mapl.codecs.residual_vq import ResidualVQCodec
+from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
+from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodecEnd",
+    "CodecSettings",
+    "DtypeCodec",
+    "ResidualVQCodec",
+    "Role",
+    "build_codec",
+    "check_rvq",
+    "default_rvq_groups",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecEnd:
+    """What a codec is built from; see `build_codec`."""
+
+    role: Role
+    width: int
+    dtype: torch.dtype
+    seed: int
+    settings: CodecSettings
+    shards: int
+    shard: int
+    sender: int
+    sends: bool
+
+
+def _pipeline(end: CodecEnd) -> Codec:
+    return DtypeCodec(end.dtype, end.width)
+
+
+def _scaled(kind: type[ScaledCodec]) -> Callable[[CodecEnd], Codec]:
+    def build(end: CodecEnd) -> Codec:
+        # Only the sender draws. With one seed all senders would round their rows alike.
+        seed = stream_key(end.seed, end.sender)
+        return kind(end.role, end.width, end.settings.group_size, seed)
+
+    return build
+
+
+def _rvq(end: CodecEnd) -> Codec:
+    return ResidualVQCodec(
+        end.width,
+        end.dtype,
+        end.settings,
+        end.seed,
+        shards=end.shards,
+        shard=end.shard,
+        sends=end.sends,
+    )
+
+
+CODECS: dict[str, Callable[[CodecEnd], Codec]] = {
+    "pipeline": _pipeline,
+    "fp8": _scaled(Fp8Codec),
+    "int8": _scaled(Int8Codec),
+    "int4": _scaled(Int4Codec),
+    "rvq": _rvq,
+}
+
+
+def build_codec(
+    name: str,
+    *,
+    role: Role,
+    width: int,
+    dtype: torch.dtype,
+    seed: int,
+    settings: CodecSettings,
+    shards: int = 1,
+    shard: int = 0,
+    sender: int = 0,
+    sends: bool = True,
+) -> Codec:
+    """One end of one direction of one boundary.
+
+    Args:
+        name: a key of `CODECS`.
+        role: what is carried.
+        width: w, numbers a row.
+        dtype: of the model.
+        seed: of all that is random; the same at both ends, another for each direction.
+        settings: those of all codecs.
+        shards: how many processes each send a part of the same rows.
+        shard: which of them this is, if it sends.
+        sender: a number of its own for each process that sends other rows in this direction.
+        sends: whether this end encodes or decodes.
+
+    Raises:
+        ValueError: the name is unknown, or settings do not fit; names flag, value and remedy.
+    """
+    if name not in CODECS:
+        raise ValueError(f"codec {name} is unknown; use one of {', '.join(CODECS)}")
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard {shard} is not one of {shards}")
+    return CODECS[name](
+        CodecEnd(
+            role=role,
+            width=width,
+            dtype=dtype,
+            seed=seed,
+            settings=settings,
+            shards=shards,
+            shard=shard,
+            sender=sender,
+            sends=sends,
+        )
+    )

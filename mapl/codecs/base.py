@@ -1,20 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a wire codec is: three verbs, no state that the wire does not show."""
+"""What a wire codec is: sizes known beforehand, encode, decode.
 
+A codec turns the rows of a tensor into the body of a payload, and back. Autograd ends at a pipeline
+boundary anyway, so a codec is a plain function of tensors. Each direction of each boundary has a
+codec of its own, one on either end, built alike.
+
+Shapes: n rows (tokens) of a payload, w numbers a row.
+"""
+
+import enum
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 
-class Codec(Protocol):
-    """Turns a tensor into bytes and back. Plain functions: autograd ends at a boundary anyway."""
+class Role(enum.Enum):
+    """What a codec carries; gradients need an estimate without bias more than activations do."""
 
-    def body_bytes(self, shape: Sequence[int]) -> int:
-        """How many bytes a tensor of this shape takes; known to both sides."""
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The bytes of `tensor`: uint8 [body_bytes(tensor.shape)]."""
 
-    def decode(self, body: torch.Tensor, out: torch.Tensor) -> None:
-        """Fills `out` with what `body` (uint8) says."""
+class Codec(nn.Module):
+    """Base of all codecs; a module, since some have state that moves and is saved with the model.
+
+    Bytes of a kind that `parts` names are booked under that name: "latents" for what stands for the
+    numbers themselves, "scales" and "codebook" for what is needed to read it.
+    """
+
+    def parts(self, rows: int) -> dict[str, int]:
+        """Kind → bytes of the body of a payload of `rows` rows, in wire order.
+
+        Both ends call this to know a size without asking.
+        """
+        raise NotImplementedError
+
+    def body_bytes(self, rows: int) -> int:
+        """Bytes of the whole body."""
+        return sum(self.parts(rows).values())
+
+    def encode(self, rows: Tensor, number: int) -> Tensor:
+        """The bytes of `rows`.
+
+        Args:
+            rows: [n, w] in the model's dtype; not changed.
+            number: of the payload in its channel, from 0, the same as at the other end.
+
+        Returns:
+            uint8 [body_bytes(n)] on the device of `rows`; may be a view of its memory.
+        """
+        raise NotImplementedError
+
+    def decode(self, bodies: Sequence[Tensor], out: Tensor, number: int) -> None:
+        """Fills `out` with what was encoded.
+
+        Args:
+            bodies: uint8, one body from each process that sent a part of the rows, in order; parts
+                are equally long.
+            out: [n, w] in the model's dtype, filled in place.
+            number: as for `encode`.
+        """
+        for body, rows in zip(bodies, out.chunk(len(bodies)), strict=True):
+            self.decode_rows(body, rows)
+
+    def decode_rows(self, body: Tensor, out: Tensor) -> None:
+        """Fills `out` [n, w] with one body."""
+        raise NotImplementedError
+
+    def split(self, body: Tensor, rows: int) -> dict[str, Tensor]:
+        """Kind → its bytes, as views of `body`."""
+        parts = self.parts(rows)
+        pieces = torch.split(body, list(parts.values()))
+        return dict(zip(parts, pieces, strict=True))

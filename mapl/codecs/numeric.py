@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codecs that send each number by itself."""
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+"""The codec that sends each number as it is."""
 
 import torch
+from torch import Tensor
+
+from mapl.codecs.base import Codec
 
 
-@dataclass(frozen=True)
-class DtypeCodec:
-    """Sends the numbers as they are, in one dtype: lossless for tensors of that dtype."""
+class DtypeCodec(Codec):
+    """Sends the numbers in their own dtype, bit for bit, NaN and inf included.
 
-    dtype: torch.dtype
+    Args:
+        dtype: of the numbers at both ends.
+        width: w, numbers a row.
+    """
 
-    def body_bytes(self, shape: Sequence[int]) -> int:
-        """Numbers times the bytes of one."""
-        return math.prod(shape) * self.dtype.itemsize
+    def __init__(self, dtype: torch.dtype, width: int) -> None:
+        super().__init__()
+        self.dtype, self.width = dtype, width
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's memory as uint8.
+    def parts(self, rows: int) -> dict[str, int]:
+        return {"latents": rows * self.width * self.dtype.itemsize}
+
+    def encode(self, rows: Tensor, number: int) -> Tensor:
+        """The rows' memory as uint8.
 
         Raises:
-            ValueError: the tensor has another dtype, so that sending it would round.
+            ValueError: the rows have another dtype, so that sending them would round.
         """
-        if tensor.dtype != self.dtype:
-            raise ValueError(f"a tensor of {tensor.dtype} was given to a codec for {self.dtype}")
-        return tensor.detach().contiguous().flatten().view(torch.uint8)
+        if rows.dtype != self.dtype:
+            raise ValueError(f"a tensor of {rows.dtype} was given to a codec for {self.dtype}")
+        return rows.detach().contiguous().flatten().view(torch.uint8)
 
-    def decode(self, body: torch.Tensor, out: torch.Tensor) -> None:
-        """Copies the numbers into `out`."""
+    def decode_rows(self, body: Tensor, out: Tensor) -> None:
         out.detach().copy_(body.view(self.dtype).view(out.shape))
+
+    def error_bound(self, rows: Tensor) -> Tensor:
+        """[n, w] fp64: how far each decoded number can be from the one sent: 0."""
+        return torch.zeros_like(rows, dtype=torch.float64)

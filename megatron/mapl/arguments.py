@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MaplConfig` ↔ the `--mapl-*` flags, and what they refuse beside Megatron's own."""
+"""The settings' dataclasses ↔ the `--mapl-*` flags, and what they refuse beside Megatron's own."""
 
 import argparse
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, asdict, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from mapl.config import MaplConfig
+from mapl.config import EmulationConfig, MaplConfig
 from megatron.mapl import gpt
 
 PREFIX = "mapl_"
@@ -27,7 +28,8 @@ class _PrefixedGroupFactory(ArgumentGroupFactory):
             attribute = copy(attribute)
             attribute.default = None  # the generator knows no field without a default
         kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
-        kwargs["arg_names"] = ["--mapl-" + attribute.name.replace("_", "-")]
+        no = "no-" if kwargs.get("action") == "store_false" else ""
+        kwargs["arg_names"] = ["--mapl-" + no + attribute.name.replace("_", "-")]
         kwargs["dest"] = PREFIX + attribute.name
         kwargs["default"] = argparse.SUPPRESS
         return kwargs
@@ -36,7 +38,29 @@ class _PrefixedGroupFactory(ArgumentGroupFactory):
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the `--mapl-*` flags to Megatron's parser."""
     _PrefixedGroupFactory(MaplConfig).build_group(parser, "mapl")
+    _PrefixedGroupFactory(EmulationConfig).build_group(parser, "mapl emulated network")
     return parser
+
+
+def emulation_from_args(args: Any) -> EmulationConfig:
+    """The emulated network; fills the namespace with what the user left out.
+
+    Raises:
+        ValueError: a flag is out of range.
+    """
+    given = {
+        field.name: getattr(args, PREFIX + field.name, None) for field in fields(EmulationConfig)
+    }
+    for name, value in given.items():
+        setattr(args, PREFIX + name, value)
+    config = EmulationConfig(**given)
+    for name, value in given.items():
+        if value is not None and args.distributed_backend != "gloo":
+            raise ValueError(
+                f"--mapl-{name.replace('_', '-')} {value} needs --distributed-backend gloo, not "
+                f"{args.distributed_backend}: transfers are delayed on the host"
+            )
+    return config
 
 
 def config_from_args(args: Any) -> MaplConfig | None:
@@ -126,7 +150,43 @@ def check_supported(args: Any, config: MaplConfig) -> None:
         )
     virtual = args.virtual_pipeline_model_parallel_size
     if virtual is not None:
-        _check_links(config, args.pipeline_model_parallel_size, virtual)
+        for flag, values in (
+            ("--mapl-rank", config.rank),
+            ("--mapl-forward-codec", config.forward_codec),
+            ("--mapl-backward-codec", config.backward_codec),
+        ):
+            _check_links(flag, values, args.pipeline_model_parallel_size, virtual)
+    if config.receive_ahead:
+        _check_receive_ahead(config.receive_ahead, args)
+
+
+def split_ranks(args: Any, config: MaplConfig) -> int:
+    """How many tensor-parallel ranks share the sending of one micro-batch."""
+    size = int(args.tensor_model_parallel_size)
+    splits = config.tensor_parallel_split and not args.sequence_parallel
+    return size if splits and args.seq_length % size == 0 else 1
+
+
+def receive_ahead(args: Any, config: MaplConfig) -> int:
+    """How many payloads are received ahead, by the user's wish or by default."""
+    if config.receive_ahead is not None:
+        return config.receive_ahead
+    virtual = args.virtual_pipeline_model_parallel_size
+    return 2 if args.distributed_backend == "gloo" and virtual is None else 0
+
+
+def _check_receive_ahead(depth: int, args: Any) -> None:
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            f"--mapl-receive-ahead {depth} is for pipelines without virtual stages; leave it out: "
+            "their schedule overlaps its transfers by itself"
+        )
+    if args.distributed_backend != "gloo":
+        raise ValueError(
+            f"--mapl-receive-ahead {depth} needs --distributed-backend gloo, not "
+            f"{args.distributed_backend}, whose transfers occupy the GPU while they wait; leave it "
+            "out"
+        )
 
 
 def _mtp_before_last_stage(args: Any) -> bool:
@@ -137,18 +197,17 @@ def _mtp_before_last_stage(args: Any) -> bool:
     return bool(layout.validate_layer_layout(args.num_layers, args.mtp_num_layers))
 
 
-def _check_links(config: MaplConfig, pipeline: int, virtual: int) -> None:
+def _check_links(flag: str, values: Sequence[object], pipeline: int, virtual: int) -> None:
     """Boundaries that share a link between two processes must have payloads of one size."""
-    ranks = config.rank
-    if len(ranks) == 1:
+    if len(values) == 1:
         return
-    for boundary, rank in enumerate(ranks):
-        if rank != ranks[boundary % pipeline]:
+    for boundary, value in enumerate(values):
+        if value != values[boundary % pipeline]:
             raise ValueError(
-                f"--mapl-rank {' '.join(map(str, ranks))} gives boundaries {boundary % pipeline} "
-                f"and {boundary} different ranks, but with --pipeline-model-parallel-size "
+                f"{flag} {' '.join(map(str, values))} differs for boundaries "
+                f"{boundary % pipeline} and {boundary}, but with --pipeline-model-parallel-size "
                 f"{pipeline} and {virtual} virtual stages they share one link between two "
-                "processes; give boundaries that are a pipeline apart the same rank"
+                "processes; give boundaries that are a pipeline apart the same"
             )
 
 

@@ -18,12 +18,22 @@ from megatron.training import checkpointing, print_rank_0
 from mapl import stiefel
 from megatron.mapl import metrics
 from megatron.mapl.arguments import PREFIX
-from megatron.mapl.checkpoint_match import Shapes, cuts, expect_fresh, match
+from megatron.mapl.checkpoint_match import Shapes, cuts, expect_fresh, match, parts_of_function
 from megatron.mapl.errors import exit_with_error
 from megatron.mapl.runtime import MaplRuntime
 
 #: Settings of a run, not of a model: `--use-checkpoint-args` leaves them alone.
-_OF_A_RUN = tuple(PREFIX + name for name in ("report_dir", "log_interval", "checkpoint"))
+_OF_A_RUN = tuple(
+    PREFIX + name
+    for name in (
+        "report_dir",
+        "log_interval",
+        "checkpoint",
+        "receive_ahead",
+        "emulate_bandwidth",
+        "emulate_latency",
+    )
+)
 
 
 def taking_mapl_args(load_args: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +72,8 @@ def guarded_load(
         if runtime is not None:
             for stage in runtime.stages:
                 stage.load_sources = None
+            for port in runtime.ports():
+                port.take_counts()
             if args.finetune:
                 _forget_momentum(runtime)
             check_sides(runtime)
@@ -75,6 +87,8 @@ def guarded_save(save: Callable[..., None], runtime: MaplRuntime) -> Callable[..
 
     def check_and_save(*args: Any, **kwargs: Any) -> None:
         check_sides(runtime)
+        for port in runtime.ports():
+            port.note_counts()
         save(*args, **kwargs)
         metrics.write_traffic(runtime)
 
@@ -82,39 +96,38 @@ def guarded_save(save: Callable[..., None], runtime: MaplRuntime) -> Callable[..
 
 
 def check_sides(runtime: MaplRuntime) -> None:
-    """Compares projector and momentum of every boundary over all processes that hold them.
+    """Compares projector, momentum and codebooks of every boundary over all that hold them.
 
     Raises:
         RuntimeError: two copies differ, or a projector has left the manifold.
     """
-    own: dict[int, str] = {}
+    own: dict[tuple[int, str], str] = {}
     lost: list[str] = []
     for port in runtime.ports():
-        if port.projector is None:
-            continue
-        if runtime.config.projector != "unconstrained":
+        if port.projector is not None and runtime.config.projector != "unconstrained":
             try:
                 stiefel.check(port.projector.A, name=f"the projector of boundary {port.boundary}")
             except RuntimeError as error:  # told to all processes, which else would wait here
                 lost.append(str(error))
-        digest = hashlib.sha256()
-        for tensor in port.projector.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        own[port.boundary] = digest.hexdigest()
+        for name, tensors in port.shared_states().items():
+            digest = hashlib.sha256()
+            for tensor in tensors:
+                digest.update(tensor.cpu().numpy().tobytes())
+            own[port.boundary, name] = digest.hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (own, lost))
     for _, errors in everyone:
         if errors:
             raise RuntimeError(errors[0])
-    first: dict[int, tuple[int, str]] = {}
+    first: dict[tuple[int, str], tuple[int, str]] = {}
     for rank, (digests, _) in enumerate(everyone):
-        for boundary, digest in digests.items():
-            other, expected = first.setdefault(boundary, (rank, digest))
+        for (boundary, name), digest in digests.items():
+            other, expected = first.setdefault((boundary, name), (rank, digest))
             if digest != expected:
                 raise RuntimeError(
-                    f"the projector of boundary {boundary} differs between ranks {other} and "
-                    f"{rank}: both must run the same versions on the same kind of device; resume "
-                    "from an earlier checkpoint"
+                    f"the {name} of boundary {boundary} differs between ranks {other} and {rank}: "
+                    "both must run the same versions on the same kind of device; resume from an "
+                    "earlier checkpoint"
                 )
 
 
@@ -162,7 +175,7 @@ def _prepare_load(args: Any, runtime: MaplRuntime | None) -> None:
 
 
 def _prepare_plain_load(args: Any, directory: str, saved: Shapes) -> None:
-    if not saved:
+    if not parts_of_function(saved):
         if args.mapl_checkpoint == "drop":
             print_rank_0(f"> --mapl-checkpoint drop: {directory} has no boundaries to drop")
         return

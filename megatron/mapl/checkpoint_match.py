@@ -29,11 +29,12 @@ def match(saved_args: Any, args: Any, runtime: MaplRuntime, saved: Shapes) -> st
     Returns:
         What does not fit, the same on all processes, or None.
     """
-    if not saved:
+    trained = runtime.config.projector != "none" or runtime.config.anchor != "none"
+    if trained and not parts_of_function(saved):
         return "it holds a model without MAPL boundaries"
     for name in ("anchor", "projector"):
         before, now = getattr(saved_args, PREFIX + name, None), getattr(runtime.config, name)
-        if before != now:
+        if before != now and (trained or parts_of_function(saved)):
             return f"--mapl-{name} {now} differs from the checkpoint's {before}"
     layout = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     same_pipeline = all(getattr(saved_args, x, None) == getattr(args, x) for x in layout)
@@ -85,8 +86,12 @@ def _match_stage(
             source = f"{table}.{key.rsplit('.', 1)[1]}"
             if source != key:
                 notes.append(f"{key} is new in this pipeline: it starts as {source}")
-        else:
+        elif ".projector." in name:
             source = key
+        else:
+            if _fits(key, name, stage, saved, notes):
+                sources[name] = key
+            continue
         if source not in saved:
             if same_pipeline:
                 problems.append(f"{key} is not in it, so this boundary was not compressed")
@@ -106,6 +111,22 @@ def _match_stage(
         if port is not None and port.projector is None and port.cut in cuts(saved):
             problems.append(f"its boundary after layer {port.cut} is compressed, here it is not")
     stage.load_sources = sources
+
+
+def _fits(key: str, name: str, stage: StageBoundaries, saved: Shapes, notes: list[str]) -> bool:
+    """Whether a count of payloads or a codec's state is loaded, or starts anew.
+
+    A codec is no part of the model's function: another one, or other sizes, need no permission.
+    Both ends hold the codebook, so they decide alike by its shape.
+    """
+    if ".payloads" in name:
+        return key in saved
+    codec_key, codec_name = key.rsplit(".", 1)[0], name.rsplit(".", 1)[0]
+    codebook = stage.get_buffer(f"{codec_name}.codebook")
+    fits = saved.get(f"{codec_key}.codebook") == tuple(codebook.shape)
+    if not fits:
+        notes.append(f"{codec_key}: the checkpoint has no codebooks of this size; they start fresh")
+    return fits
 
 
 def _table_for(stage: StageBoundaries, saved: Shapes) -> str | None:
@@ -144,6 +165,11 @@ def expect_fresh(stage: StageBoundaries, names: set[str]) -> None:
 
     if names:
         stage.register_load_state_dict_post_hook(forgive)
+
+
+def parts_of_function(saved: Shapes) -> set[str]:
+    """The keys of what makes the model another function than without boundaries."""
+    return {key for key in saved if not re.search(r"\.(payloads|\w+_codec\.\w+)$", key)}
 
 
 def cuts(saved: Shapes) -> set[int]:

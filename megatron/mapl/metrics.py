@@ -15,6 +15,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from mapl import traffic
 from mapl.boundary import principal_angles
+from mapl.codecs import ResidualVQCodec
 from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
 from mapl.stiefel import orthonormality_error
 from megatron.mapl.runtime import MaplRuntime
@@ -143,7 +144,7 @@ class _Recorder:
 def _describe(stage: Any) -> dict[str, Any]:
     """What one chunk knows: its outlet's boundary, and the angle between its two projectors."""
     outlet, inlet = stage.outlet, stage.inlet
-    description: dict[str, Any] = {"boundary": None, "angle": None}
+    description: dict[str, Any] = {"boundary": None, "angle": None, "codebooks": _codebooks(stage)}
     if outlet is None or outlet.projector is None:
         return description
     projector = outlet.projector
@@ -162,6 +163,17 @@ def _describe(stage: Any) -> dict[str, Any]:
             "smallest_degrees": float(angles.min()),
         }
     return description
+
+
+def _codebooks(stage: Any) -> list[dict[str, Any]]:
+    """How the codebooks that this chunk encodes with are used."""
+    return [
+        {"boundary": port.boundary, "direction": direction, **codec.usage()}
+        for port in (stage.inlet, stage.outlet)
+        if port is not None
+        for direction, codec in (("forward", port.forward_codec), ("backward", port.backward_codec))
+        if isinstance(codec, ResidualVQCodec) and codec.sends
+    ]
 
 
 def _finite(value: torch.Tensor) -> float | None:
@@ -188,6 +200,9 @@ def _combine(iteration: int, tokens: int, everyone: list[dict[str, Any]]) -> dic
         if None not in energies:
             entry["energy_kept"] = sum(energies) / len(energies)
     angles = {tuple(s["angle"]["boundaries"]): s["angle"] for s in stages if s["angle"]}
+    codebooks = {
+        (entry["boundary"], entry["direction"]): entry for s in stages for entry in s["codebooks"]
+    }
     sent = sum(own["sent"]["sent"] for own in everyone)
     uncompressed = sum(own["sent"]["uncompressed"] for own in everyone)
     return {
@@ -197,8 +212,10 @@ def _combine(iteration: int, tokens: int, everyone: list[dict[str, Any]]) -> dic
         "sent_bytes": sent,
         "uncompressed_bytes": uncompressed,
         "ratio": uncompressed / sent if sent else None,
+        "sent_by_kind": {k: sum(own["sent"][k] for own in everyone) for k in traffic.KINDS},
         "boundaries": [boundaries[b] for b in sorted(boundaries)],
         "angles": [angles[b] for b in sorted(angles)],
+        "codebooks": [codebooks[place] for place in sorted(codebooks)],
     }
 
 
@@ -209,6 +226,10 @@ def _write_to_trackers(line: dict[str, Any]) -> None:
         f"mapl/{name.replace('_', '-')}": line[name]
         for name in ("ratio", "sent_bytes", "uncompressed_bytes", "tokens")
     }
+    scalars |= {f"mapl/sent/{kind}": value for kind, value in line["sent_by_kind"].items()}
+    for entry in line["codebooks"]:
+        place = f"mapl/boundary-{entry['boundary']}/{entry['direction']}"
+        scalars |= {f"{place}-perplexity": entry["perplexity"], f"{place}-dead": entry["dead"]}
     for entry in line["boundaries"]:
         for name, value in entry.items():
             if name != "boundary":

@@ -20,7 +20,8 @@ from torch import nn
 
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept
-from megatron.mapl.port import PAYLOAD, Port, private_generator, take_payload
+from mapl.channel import WHOLE, Channel, Share
+from megatron.mapl.port import PAYLOAD, Place, Port, private_generator, take_payload
 from megatron.mapl.runtime import MaplRuntime
 
 #: The anchors' states with one row for each token.
@@ -47,10 +48,17 @@ class StageBoundaries(nn.Module):
         stage = (vp_stage or 0) * runtime.pipeline_size + rank
         self.first_layer = get_transformer_layer_offset(config, vp_stage, rank)
         self.last_layer = self.first_layer + len(chunk.decoder.layers)
-        virtual = config.virtual_pipeline_model_parallel_size is not None
-        port = partial(Port, runtime, virtual=virtual)
-        self.inlet = None if chunk.pre_process else port(stage - 1, self.first_layer)
-        self.outlet = None if chunk.post_process else port(stage, self.last_layer)
+        port = partial(
+            Port,
+            runtime,
+            place=_place(runtime, config, groups),
+            virtual=config.virtual_pipeline_model_parallel_size is not None,
+        )
+        self.inlet = self.outlet = None
+        if not chunk.pre_process:
+            self.inlet = port(stage - 1, self.first_layer, is_outlet=False)
+        if not chunk.post_process:
+            self.outlet = port(stage, self.last_layer, is_outlet=True)
         self.anchor = build_anchor(
             runtime.config.anchor,
             vocab_size=runtime.vocab_size,
@@ -106,7 +114,8 @@ class StageBoundaries(nn.Module):
         port = self.inlet
         assert port is not None
         payload = take_payload(latent, f"boundary {port.boundary}, forward")
-        self._ids = port.forward_channel.unpack(payload, latent, self._runtime.guard)
+        payloads = self._gathered(port.forward_channel, payload)
+        self._ids = port.forward_channel.unpack(payloads, latent, self._runtime.guard)
         if latent.requires_grad and torch.is_grad_enabled():
             latent.register_post_accumulate_grad_hook(self._pack_gradient)
         if port.projector is None:
@@ -156,8 +165,18 @@ class StageBoundaries(nn.Module):
         assert port is not None
         payload = take_payload(gradient, f"boundary {port.boundary}, backward")
         received = torch.empty_like(gradient)
-        port.backward_channel.unpack(payload, received, self._runtime.guard)
+        payloads = self._gathered(port.backward_channel, payload)
+        port.backward_channel.unpack(payloads, received, self._runtime.guard)
         return received
+
+    def _gathered(self, channel: Channel, payload: torch.Tensor) -> list[torch.Tensor]:
+        """The payloads of all tensor-parallel ranks that sent a part of this micro-batch."""
+        count = channel.share.count
+        if count == 1:
+            return [payload]
+        pieces = [torch.empty_like(payload) for _ in range(count)]
+        torch.distributed.all_gather(pieces, payload, group=self.groups.tp)
+        return pieces
 
     def states(self) -> dict[str, tuple[str, torch.Tensor]]:
         """What a checkpoint keeps: name in this module → (key, tensor).
@@ -166,9 +185,10 @@ class StageBoundaries(nn.Module):
         """
         states = {}
         for side, port in (("inlet", self.inlet), ("outlet", self.outlet)):
-            if port is not None and port.projector is not None:
-                for name, tensor in _tensors(port.projector):
-                    states[f"{side}.projector.{name}"] = (f"mapl.cut_{port.cut}.{name}", tensor)
+            if port is not None:
+                for name, tensor in _tensors(port):
+                    key = f"mapl.cut_{port.cut}.{name.removeprefix('projector.')}"
+                    states[f"{side}.{name}"] = (key, tensor)
         stage = f"mapl.stage_{self.first_layer}_{self.last_layer}"
         for name, tensor in _tensors(self.anchor):
             states[f"anchor.{name}"] = (f"{stage}.{name}", tensor)
@@ -182,12 +202,13 @@ class StageBoundaries(nn.Module):
     ) -> dict[str, Any]:
         """Megatron's distributed checkpoint of the boundaries.
 
-        Both sides hold each projector; the sender's copy is the one that is written.
+        What both sides hold is written by the one that sends activations, and a codec's state by
+        the one that encodes.
         """
         dp_cp = (metadata or {}).get("dp_cp_group") or self.groups.dp_cp
         sharded = {}
         for name, (key, tensor) in self.states().items():
-            replica = int(name.startswith("inlet."))
+            replica = int(name.startswith("inlet.") != (".backward_codec." in name))
             if self.load_sources is not None:
                 if name not in self.load_sources:
                     continue
@@ -201,6 +222,18 @@ class StageBoundaries(nn.Module):
                 allow_shape_mismatch=name.endswith(VOCABULARY_TABLES),
             )
         return sharded
+
+
+def _place(runtime: MaplRuntime, config: Any, groups: Any) -> Place:
+    """Where this process stands among the tensor-parallel ranks and replicas of its stage."""
+    tp, replicas = groups.tp, groups.dp_cp
+    split = runtime.split_ranks > 1
+    differ = split or config.sequence_parallel  # do tensor-parallel ranks send other tokens?
+    return Place(
+        tokens=Share(tp.rank(), tp.size()) if split else WHOLE,
+        step=Share(replicas.rank() * tp.size() + tp.rank(), replicas.size() * tp.size()),
+        sender=replicas.rank() * tp.size() + tp.rank() if differ else replicas.rank(),
+    )
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

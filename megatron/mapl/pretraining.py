@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
 from megatron.training import (
@@ -29,11 +30,13 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from mapl.payload import id_size
+from mapl.config import EmulationConfig
+from mapl.token_ids import id_size
 from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
+from megatron.mapl.emulation import LinkEmulation
 from megatron.mapl.errors import exit_with_error
 from megatron.mapl.optimizer import with_projectors, without_anchor_decay
-from megatron.mapl.p2p_communication import MaplP2PCommunicator
+from megatron.mapl.p2p_communication import MaplP2PCommunicator, receiving_ahead
 from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
 
@@ -57,18 +60,23 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     try:
         args = _parse(cpu_mode)
         model_config = gpt_config_from_args(args)
+        emulation = arguments.emulation_from_args(args)
         runtime = _runtime(args, model_config)
     except ValueError as error:
         exit_with_error(error)
     # Parses the command line again, with Megatron's flags alone: `--help` must meet ours first.
-    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     model_config.pre_wrap_hooks.append(partial(_agree, args=args))
+    links = _Links(emulation, runtime)
+    model_config.pre_wrap_hooks.append(links.start)
+    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     loading = checkpoint.guarded_load(megatron_training.load_checkpoint, args, runtime)
     replace(megatron_training, "load_checkpoint", loading)
-    train = _finishing_on_exit(megatron_training.train, runtime, cpu_mode)
+    finish = partial(_finish, runtime, links, cpu_mode)
+    train = _finishing_on_exit(megatron_training.train, finish)
     replace(megatron_training, "train", train)
     if runtime is not None:
-        _hook_into_megatron(model_config, runtime)
+        depth = arguments.receive_ahead(args, runtime.config)
+        _hook_into_megatron(model_config, runtime, depth)
     wrapped_pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt.build_datasets,
@@ -77,26 +85,53 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         store=store,
         get_embedding_ranks=gpt.get_embedding_ranks,
     )
-    _finish(runtime, cpu_mode)
+    finish()
 
 
-def _finish(runtime: MaplRuntime | None, cpu_mode: bool) -> None:
+def _finish(runtime: MaplRuntime | None, links: "_Links", cpu_mode: bool) -> None:
     if runtime is not None:
         metrics.write_traffic(runtime)
+    if links.emulation is not None:
+        links.emulation.close()
     if cpu_mode:
         cpu.shut_down()
 
 
-def _finishing_on_exit(
-    train: Callable[..., Any], runtime: MaplRuntime | None, cpu_mode: bool
-) -> Callable[..., Any]:
+class _Links:
+    """The emulated network of this process, from the time on when there are process groups.
+
+    Attributes:
+        emulation: None without `--mapl-emulate-*`, and before.
+    """
+
+    def __init__(self, config: EmulationConfig, runtime: MaplRuntime | None) -> None:
+        self._config, self._runtime = config, runtime
+        self.emulation: LinkEmulation | None = None
+
+    def start(self, chunks: list[Any]) -> list[Any]:
+        """Pre-wrap hook on every process, of plain jobs too."""
+        bandwidth, latency = self._config.emulate_bandwidth, self._config.emulate_latency
+        if bandwidth is not None or latency:
+            self.emulation = LinkEmulation.start(
+                bandwidth_mbit=bandwidth,
+                latency_ms=latency or 0.0,
+                stage=parallel_state.get_pipeline_model_parallel_rank(),
+                stages=parallel_state.get_pipeline_model_parallel_world_size(),
+            )
+            self.emulation.install()
+            if self._runtime is not None:
+                self._runtime.emulation = self.emulation
+        return chunks
+
+
+def _finishing_on_exit(train: Callable[..., Any], finish: Callable[[], None]) -> Callable[..., Any]:
     """Megatron's `train`, which ends the process by itself at `--exit-interval` and on signals."""
 
     def train_and_finish(*args: Any, **kwargs: Any) -> Any:
         try:
             return train(*args, **kwargs)
         except SystemExit:  # raised on all processes together, after the last save
-            _finish(runtime, cpu_mode)
+            finish()
             raise
 
     return train_and_finish
@@ -141,10 +176,12 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
         plan=config.plan(
             hidden_size=args.hidden_size,
             boundaries=0 if pipeline == 1 else pipeline * virtual - 1,
+            shards=arguments.split_ranks(args, config),
         ),
         vocab_size=_padded_vocab_size(args),
         pipeline_size=pipeline,
         pipeline_dtype=model_config.transformer.pipeline_dtype,
+        split_ranks=arguments.split_ranks(args, config),
         seed=args.seed,
     )
     id_size(runtime.vocab_size)  # refuses a vocabulary that no id type holds
@@ -171,12 +208,16 @@ def _agree(chunks: list[Any], args: Any) -> list[Any]:
     return chunks
 
 
-def _hook_into_megatron(model_config: Any, runtime: MaplRuntime) -> None:
-    """The seams: model, gradients, communicator, optimizer, log, save."""
+def _hook_into_megatron(model_config: Any, runtime: MaplRuntime, receive_ahead: int) -> None:
+    """The seams: model, gradients, communicator, schedule, optimizer, log, save."""
     model_config.pre_wrap_hooks.append(partial(model.attach, runtime=runtime))
     model_config.transformer.finalize_model_grads_func = partial(grads.finalize, runtime=runtime)
     # Looked up at each schedule call, which builds a communicator a step.
     replace(schedules, "P2PCommunicator", partial(MaplP2PCommunicator, runtime=runtime))
+    if receive_ahead:
+        name = "forward_backward_pipelining_without_interleaving"
+        schedule = receiving_ahead(getattr(schedules, name), receive_ahead, runtime)
+        replace(schedules, name, schedule)
 
     build_optimizer = megatron_training.get_megatron_optimizer
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from mapl.config import BoundaryPlan, MaplConfig
-from mapl.payload import PayloadGuard
+from mapl.payload_guard import PayloadGuard
 from mapl.traffic import Ledger
 
 if TYPE_CHECKING:
     from mapl.projectors import Projector
+    from megatron.mapl.emulation import LinkEmulation
     from megatron.mapl.model import StageBoundaries
     from megatron.mapl.port import Port
+    from megatron.mapl.transfers import InFlight
 
 
 @dataclass
@@ -29,9 +31,12 @@ class MaplRuntime:
         vocab_size: tokens of the padded vocabulary.
         pipeline_size: P, stages that are processes.
         pipeline_dtype: the dtype of activations between stages.
+        split_ranks: how many tensor-parallel ranks share the sending of a micro-batch.
         seed: Megatron's `--seed`.
         stages: the model chunks of this process, in order, once the model is built.
         ledger, guard: bytes sent, payloads checked.
+        emulation: the slow network between stages, if it is emulated.
+        in_flight: transfers that go on while a stage computes, during a schedule that has them.
         communication_seconds: host time in exchanges and in waiting for them, since the first step.
         training_seconds: wall-clock time since the first step, evaluations and saves included.
         steps, tokens: of this run.
@@ -42,10 +47,13 @@ class MaplRuntime:
     vocab_size: int
     pipeline_size: int
     pipeline_dtype: torch.dtype
+    split_ranks: int
     seed: int
     stages: list["StageBoundaries"] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     guard: PayloadGuard = field(default_factory=PayloadGuard)
+    emulation: "LinkEmulation | None" = None
+    in_flight: "InFlight | None" = None
     communication_seconds: float = 0.0
     training_seconds: float = 0.0
     steps: int = 0

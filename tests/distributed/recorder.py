@@ -64,6 +64,14 @@ def run(path: Path, job: dict[str, Any]) -> None:
         runtime = record.pop("runtime", None)
         if runtime is not None:
             record["projectors"] = projectors(runtime)
+            record["codebooks"] = codebooks(runtime)
+            record["payloads"] = {
+                (port.boundary, port.is_outlet): [
+                    (channel.sent, channel.received)
+                    for channel in (port.forward_channel, port.backward_channel)
+                ]
+                for port in runtime.ports()
+            }
             record["anchors"] = [
                 {
                     name: tensor.detach().clone()
@@ -72,6 +80,16 @@ def run(path: Path, job: dict[str, Any]) -> None:
                 for stage in runtime.stages
             ]
         torch.save(record, path)
+
+
+def codebooks(runtime: Any) -> dict[tuple[int, str], Any]:
+    """(boundary, side) → copies of the codebooks, those of activations first."""
+    return {
+        (port.boundary, "outlet" if port.is_outlet else "inlet"): [
+            codec.codebook.clone() for codec in port.codebook_codecs()
+        ]
+        for port in runtime.ports()
+    }
 
 
 def projectors(runtime: Any) -> dict[tuple[int, str], Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mapl.channel import Channel
+from mapl.parcel import ParcelChannel
 from mapl.payload import HEADER_WORDS, WORD, Direction
 
 #: The number of the damaged activation or gradient; of the projector's gradients it is the first.
@@ -26,7 +27,11 @@ def _victim(direction: Direction) -> int:
     return 0 if direction is Direction.PROJECTOR else VICTIM
 
 
-def _sends(channel: Channel, direction: Direction) -> bool:
+#: What packs payloads.
+AnyChannel = Channel | ParcelChannel
+
+
+def _sends(channel: AnyChannel, direction: Direction) -> bool:
     """Whether `channel` is about to pack the payload to damage, on one side of the boundary."""
     side = "1" if direction is Direction.BACKWARD else "0"
     return (
@@ -40,13 +45,14 @@ def _damage(
     record: dict[str, Any],
     *,
     direction: Direction,
-    before: Callable[[Channel], None] = lambda channel: None,
-    after: Callable[[Channel, torch.Tensor], torch.Tensor] = lambda channel, payload: payload,
+    before: Callable[[AnyChannel], None] = lambda channel: None,
+    after: Callable[[AnyChannel, torch.Tensor], torch.Tensor] = lambda channel, payload: payload,
 ) -> None:
-    """Patches `Channel.pack`: `before` may change the channel, `after` the payload."""
-    pack = Channel.pack
+    """Patches `pack`: `before` may change the channel, `after` the payload."""
+    owner: Any = ParcelChannel if direction is Direction.PROJECTOR else Channel
+    pack = owner.pack
 
-    def pack_damaged(self: Channel, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def pack_damaged(self: AnyChannel, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not _sends(self, direction):
             return pack(self, *args, **kwargs)
         layout = self.layout
@@ -55,23 +61,23 @@ def _damage(
         self.layout = layout
         return after(self, payload)
 
-    Channel.pack = pack_damaged
+    owner.pack = pack_damaged
 
 
-def _flip(channel: Channel, payload: torch.Tensor, *, byte: int) -> torch.Tensor:
+def _flip(channel: AnyChannel, payload: torch.Tensor, *, byte: int) -> torch.Tensor:
     payload[byte] ^= 16
     return payload
 
 
-def _cut(channel: Channel, payload: torch.Tensor) -> torch.Tensor:
+def _cut(channel: AnyChannel, payload: torch.Tensor) -> torch.Tensor:
     return payload[:-WORD].clone()
 
 
-def _skip_a_number(channel: Channel) -> None:
+def _skip_a_number(channel: AnyChannel) -> None:
     channel.sent += 1
 
 
-def _take_the_next_boundary(channel: Channel) -> None:
+def _take_the_next_boundary(channel: AnyChannel) -> None:
     channel.layout = replace(channel.layout, boundary=channel.layout.boundary + 1)
 
 
@@ -93,18 +99,18 @@ projector = partial(_damage, direction=Direction.PROJECTOR, after=partial(_flip,
 
 def projector_nan(record: dict[str, Any]) -> None:
     """One side's term of the projector's gradient is not a number in step `NAN_STEP`."""
-    pack = Channel.pack
+    pack = ParcelChannel.pack
 
-    def pack_nan(self: Channel, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def pack_nan(self: ParcelChannel, data: torch.Tensor, *args: Any) -> torch.Tensor:
         if (
             os.environ["RANK"] == "0"
             and self.layout.direction is Direction.PROJECTOR
             and self.sent == NAN_STEP
         ):
-            tensor[0, 0, 0] = float("nan")  # a view of the gradient itself
-        return pack(self, tensor, *args, **kwargs)
+            data[:4].view(torch.float32)[0] = float("nan")  # a view of the gradient itself
+        return pack(self, data, *args)
 
-    Channel.pack = pack_nan
+    ParcelChannel.pack = pack_nan
 
 
 def nudge_projector_after_load(record: dict[str, Any]) -> None:

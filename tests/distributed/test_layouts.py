@@ -8,7 +8,8 @@ import torch
 
 from cluster import Cluster, Result
 from layouts import HIDDEN, LAYOUTS
-from traffic_budget import budget
+from mapl.traffic import KINDS
+from traffic_budget import Job, budget
 
 RANK = 16
 
@@ -52,10 +53,13 @@ def test_both_sides_are_bitwise_equal(cluster: Cluster, name: str) -> None:
         for anchor in anchors:  # every table was trained
             assert anchor["E"].abs().max() > 0
     total = result.traffic["total"]
-    sent = sum(total[kind] for kind in ("header", "ids", "latents", "projector"))
+    sent = sum(total[kind] for kind in KINDS)
     assert sent == total["sent"]
+    # Without sequence parallelism plain Megatron sends every activation twice, boundaries once.
+    split = 2 if name == "tp2-pp2" else 1
     latent_ratio = total["uncompressed"] / total["latents"]
-    assert latent_ratio == pytest.approx(HIDDEN / RANK)
+    assert latent_ratio == pytest.approx(split * HIDDEN / RANK)
+    assert (total["split_factor"] > 1.2) == (replicas > 1)
 
 
 def test_replicas_hold_the_same_anchors(cluster: Cluster) -> None:
@@ -168,19 +172,26 @@ def test_metrics(cluster: Cluster) -> None:
     assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
 
 
-def test_traffic_budget_is_what_a_job_sends(cluster: Cluster) -> None:
-    result = cluster.run(2, LAYOUTS["pp2"].command(f"--mapl-rank {RANK}"))
+@pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq"])
+def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> None:
+    flags = f"--mapl-rank {RANK} --mapl-forward-codec {codec} --mapl-backward-codec {codec}"
+    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags))
     planned = budget(
-        hidden_size=HIDDEN,
-        rank=RANK,
-        vocab_size=256,
-        micro_batch_tokens=64,
-        step_tokens=512,
-        dtype=torch.float32,
+        Job(
+            hidden_size=HIDDEN,
+            rank=RANK,
+            vocab_size=256,
+            micro_batch_tokens=64,
+            step_tokens=512,
+            dtype="fp32",
+            tensor_model_parallel_size=2,
+            forward_codec=codec,
+            backward_codec=codec,
+        )
     )
     sent = result.traffic["boundaries"][0]
     for direction in ("forward", "backward", "projector"):
-        for kind in ("header", "ids", "latents", "projector"):
+        for kind in (*KINDS, "unsplit"):
             each = [
                 entry[direction][kind] / entry[direction]["payloads"]
                 for entry in (sent, planned["boundaries"][0])

@@ -8,7 +8,8 @@ from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode
 from mapl.channel import Channel
 from mapl.codecs import DtypeCodec
-from mapl.payload import Direction, PayloadError, PayloadGuard, PayloadLayout
+from mapl.payload import Direction, PayloadLayout
+from mapl.payload_guard import PayloadError, PayloadGuard
 from mapl.projectors import LearnedProjector
 from mapl.stiefel import orthonormality_error
 from mapl.traffic import Ledger
@@ -69,8 +70,10 @@ def test_projector_stays_on_the_manifold() -> None:
 
 
 def test_payload_errors_are_read_once_a_step() -> None:
-    layout = PayloadLayout(5, Direction.BACKWARD, 0, id_size=2)
-    ends = [Channel(layout, 8, DtypeCodec(torch.bfloat16), carries_ids=True) for _ in range(2)]
+    layout = PayloadLayout(5, Direction.BACKWARD, vocab_size=2**16)
+    ends = [
+        Channel(layout, 8, DtypeCodec(torch.bfloat16, 8), carries_ids=True) for _ in range(2)
+    ]
     guard, ledger = PayloadGuard(), Ledger()
     latent = torch.randn(4, 2, 8, device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(0, 65536, (4, 2), device="cuda")
@@ -81,7 +84,7 @@ def test_payload_errors_are_read_once_a_step() -> None:
             payload[40] ^= 1
         torch.cuda.set_sync_debug_mode("error")
         try:
-            got = ends[1].unpack(payload, out, guard)
+            got = ends[1].unpack([payload], out, guard)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         if number != 1:
@@ -92,16 +95,17 @@ def test_payload_errors_are_read_once_a_step() -> None:
 
 def test_the_whole_way_does_not_wait_for_the_device() -> None:
     anchor, projector = build("cuda", torch.bfloat16)
-    layout = PayloadLayout(0, Direction.FORWARD, 0, id_size=2)
-    ends = [Channel(layout, RANK, DtypeCodec(torch.bfloat16), carries_ids=True) for _ in range(2)]
+    layout = PayloadLayout(0, Direction.FORWARD, vocab_size=VOCABULARY)
+    ends = [
+        Channel(layout, RANK, DtypeCodec(torch.bfloat16, RANK), carries_ids=True) for _ in range(2)
+    ]
     x = torch.randn(*TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids = torch.randint(0, VOCABULARY, TOKENS, device="cuda")
     guard, ledger = PayloadGuard(), Ledger()
     for end in ends:  # what is made once for each size
+        empty = torch.empty(*TOKENS, RANK, device="cuda", dtype=torch.bfloat16)
         end.unpack(
-            end.pack(
-                torch.empty(*TOKENS, RANK, device="cuda", dtype=torch.bfloat16), ids, ledger, 0
-            ),
+            [end.pack(empty, ids, ledger, 0)],
             torch.empty_like(x[..., :RANK]),
             guard,
         )
@@ -110,7 +114,7 @@ def test_the_whole_way_does_not_wait_for_the_device() -> None:
         z = encode(x, anchor(ids), anchor.basis, projector)
         payload = ends[0].pack(z, ids, ledger, 0)
         latent = torch.empty_like(z, requires_grad=True)
-        got = ends[1].unpack(payload, latent, guard)
+        got = ends[1].unpack([payload], latent, guard)
         decode(latent, anchor(got), anchor.basis, projector).sum().backward()
         z.backward(latent.grad)
         projector.step(0.01)

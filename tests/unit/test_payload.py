@@ -4,23 +4,20 @@
 import pytest
 import torch
 
-from mapl.payload import (
-    Direction,
-    PayloadError,
-    PayloadGuard,
-    PayloadLayout,
-    id_size,
-    pack,
-)
+from mapl.payload import Direction, PayloadLayout, pack
+from mapl.payload_guard import PayloadError, PayloadGuard
+from mapl.token_ids import id_size
 
 
 def layout(body: int = 37, ids: int = 5, size: int = 2) -> PayloadLayout:
-    return PayloadLayout(3, Direction.FORWARD, body, id_count=ids, id_size=size)
+    parts = (("scales", body // 3), ("latents", body - body // 3))
+    vocabulary = min(2 ** (8 * size), 2**31)
+    return PayloadLayout(3, Direction.FORWARD, parts, id_count=ids, vocab_size=vocabulary)
 
 
 def random_payload(frame: PayloadLayout, sequence: int = 11) -> tuple[torch.Tensor, ...]:
     body = torch.randint(0, 256, (frame.body_bytes,), dtype=torch.uint8)
-    ids = torch.randint(0, min(2 ** (8 * frame.id_size), 2**31), (frame.id_count,))
+    ids = torch.randint(0, frame.vocab_size, (frame.id_count,))
     return pack(frame, sequence, body, ids if frame.id_count else None), body, ids
 
 
@@ -74,7 +71,7 @@ def test_another_payload_than_is_due() -> None:
     guard = PayloadGuard()
     with pytest.raises(PayloadError, match="payload 11 arrived: the stages are out of step"):
         guard.unpack(frame, 12, payload)
-    other = PayloadLayout(4, Direction.BACKWARD, 37, id_count=5, id_size=2)
+    other = PayloadLayout(4, Direction.BACKWARD, (("latents", 37),), id_count=5, vocab_size=2**16)
     with pytest.raises(PayloadError, match="boundary 3, direction 0, arrived"):
         guard.unpack(other, 11, payload)
 
@@ -113,7 +110,8 @@ def test_pack_refuses_what_does_not_fit() -> None:
 )
 def test_ids_take_the_fewest_bytes(vocabulary: int, size: int) -> None:
     assert id_size(vocabulary) == size
-    frame = layout(0, 2, size)
+    frame = PayloadLayout(3, Direction.FORWARD, id_count=2, vocab_size=vocabulary)
+    assert frame.id_size == size
     ids = torch.tensor([vocabulary - 1, 0])
     payload = pack(frame, 0, torch.empty(0, dtype=torch.uint8), ids)
     got, _ = PayloadGuard().unpack(frame, 0, payload)
@@ -123,3 +121,17 @@ def test_ids_take_the_fewest_bytes(vocabulary: int, size: int) -> None:
 def test_vocabulary_larger_than_the_id_type() -> None:
     with pytest.raises(ValueError, match=f"{2**31 + 1} tokens exceeds"):
         id_size(2**31 + 1)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 255, 65535, 2**24 + 1])
+def test_an_id_beyond_the_vocabulary_is_seen(vocabulary: int) -> None:
+    """The frame is whole, but the sender has another vocabulary: a look-up would read beyond."""
+    frame = PayloadLayout(3, Direction.FORWARD, id_count=2, vocab_size=vocabulary)
+    ids = torch.tensor([vocabulary - 1, vocabulary])
+    payload = pack(frame, 0, torch.empty(0, dtype=torch.uint8), ids)
+    with pytest.raises(PayloadError, match=f"not in the vocabulary of {vocabulary}: both sides"):
+        PayloadGuard().unpack(frame, 0, payload)
+    guard = PayloadGuard()  # the path of devices that must not wait for the host
+    guard.flag(frame, 0, payload.view(torch.int64), ids)
+    with pytest.raises(PayloadError, match="boundary 3, forward, payload 0:"):
+        guard.raise_if_faulty()

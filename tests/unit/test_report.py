@@ -25,6 +25,7 @@ def write_report(
         "forward": entry(10, 20, 100, 0, 10),
         "backward": entry(6, 0, 60, 0, 6),
         "projector": entry(2, 0, 0, 40, 2),
+        "forward_codebook": {"codebook": 8, "header": 2, "unsplit": 99, "payloads": 1},
         "uncompressed": 16_000,
         "sent": 238,
     }
@@ -43,9 +44,9 @@ def test_load_adds_up_all_kinds_over_all_boundaries(tmp_path: Path) -> None:
     run = report.load(write_report(tmp_path / "mapl", losses=[5.0, 4.0]))
     assert run.name == "mapl"
     assert run.losses == [(1, 5.0), (2, 4.0)]
-    assert run.traffic == Traffic(forward=260, backward=132, projector=84)
+    assert run.traffic == Traffic(forward=280, backward=132, projector=84)
     assert run.uncompressed == Traffic(forward=20_000, backward=12_000)
-    assert run.ratio == 32_000 / 476
+    assert run.ratio == 32_000 / 496
     assert (run.seconds, run.communicating) == (12.0, 3.0)
 
 

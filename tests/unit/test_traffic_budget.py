@@ -1,51 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is not latents is at most 1 % of the traffic at realistic sizes."""
 
-import pytest
-import torch
+import dataclasses
 
-from traffic_budget import budget
+import pytest
+
+from traffic_budget import Job, budget
+
+SMALL = Job(hidden_size=64, rank=8, vocab_size=256, micro_batch_tokens=64, step_tokens=128)
 
 
 @pytest.mark.parametrize("vocab_size", [32000, 128256])
 @pytest.mark.parametrize(("hidden_size", "rank"), [(1024, 128), (2048, 128), (2048, 256)])
 def test_overhead(hidden_size: int, rank: int, vocab_size: int) -> None:
     """The paper's batch of 512 · 2048 tokens, in micro-batches of 8 · 2048."""
-    report = budget(
+    job = Job(
         hidden_size=hidden_size,
         rank=rank,
         vocab_size=vocab_size,
         micro_batch_tokens=8 * 2048,
         step_tokens=512 * 2048,
-        dtype=torch.bfloat16,
     )
+    report = budget(job)
     assert 0 < report["total"]["overhead"] <= 0.01
     assert report["total"]["ratio"] == pytest.approx(hidden_size / rank, rel=0.01)
 
 
-def test_tensor_parallel_ranks_each_send_the_projector() -> None:
-    sizes = {
-        "hidden_size": 64,
-        "rank": 8,
-        "vocab_size": 256,
-        "micro_batch_tokens": 64,
-        "step_tokens": 128,
-        "dtype": torch.bfloat16,
-    }
-    one = budget(**sizes)["total"]
-    two = budget(**sizes, tensor_model_parallel_size=2, sequence_parallel=True)["total"]
-    assert two["latents"] == one["latents"] and two["projector"] == 2 * one["projector"]
-    doubled = budget(**sizes, tensor_model_parallel_size=2)["total"]
-    assert doubled["latents"] == 2 * one["latents"]
+def test_tensor_parallel_ranks_send_each_byte_once() -> None:
+    one = budget(SMALL)["total"]
+    with_tp = dataclasses.replace(SMALL, tensor_model_parallel_size=2)
+    for job in (with_tp, dataclasses.replace(with_tp, sequence_parallel=True)):
+        two = budget(job)["total"]
+        for kind in ("latents", "ids", "projector"):
+            assert two[kind] == one[kind], kind
+    split = budget(with_tp)["total"]
+    whole = budget(dataclasses.replace(with_tp, no_tensor_parallel_split=True))["total"]
+    assert whole["latents"] == 2 * one["latents"]
+    assert split["unsplit"] == whole["unsplit"]
+    # Plain Megatron sends each activation from both ranks.
+    assert split["uncompressed"] == 2 * one["uncompressed"]
+
+
+def test_replicas_and_bf16_make_the_exchange_cheaper() -> None:
+    one = budget(SMALL)["total"]
+    four = budget(dataclasses.replace(SMALL, replicas=4))["total"]
+    assert four["projector"] == one["projector"]
+    assert four["split_factor"] > 1.0
+    half = budget(dataclasses.replace(SMALL, projector_exchange="bf16"))["total"]
+    assert 2 * half["projector"] == one["projector"]
+
+
+@pytest.mark.parametrize(("codec", "bits"), [("int8", 8), ("fp8", 8), ("int4", 4), ("rvq", 4)])
+def test_codecs(codec: str, bits: int) -> None:
+    job = dataclasses.replace(SMALL, forward_codec=codec, backward_codec=codec)
+    total = budget(job)["total"]
+    assert total["latents"] == 2 * SMALL.step_tokens * SMALL.rank * bits // 8
+    assert total["scales"] == 2 * SMALL.step_tokens * 2  # bf16, one for each token
+    assert bool(total["codebook"]) == (codec == "rvq")
 
 
 def test_micro_batches_that_do_not_fill_a_step() -> None:
     with pytest.raises(ValueError, match="--step-tokens 100 is no multiple"):
-        budget(
-            hidden_size=8,
-            rank=2,
-            vocab_size=9,
-            micro_batch_tokens=64,
-            step_tokens=100,
-            dtype=torch.bfloat16,
-        )
+        budget(dataclasses.replace(SMALL, step_tokens=100))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every codec in every layout: both ends of a boundary stay bitwise equal, and the model learns."""
+
+import pytest
+import torch
+
+from cluster import Cluster, Result
+from layouts import LAYOUTS
+from test_layouts import RANK, assert_sides_equal
+
+#: Forward and backward codec. Each has a turn in each direction, in each layout.
+PAIRS = {"rvq-int4": ("rvq", "int4"), "int8-rvq": ("int8", "rvq"), "fp8-fp8": ("fp8", "fp8")}
+
+
+def flags(forward: str, backward: str, *more: str) -> str:
+    """A job's `--mapl-*` flags."""
+    codes = "--mapl-rvq-codes 16" if "rvq" in (forward, backward) else ""
+    return " ".join(
+        (f"--mapl-rank {RANK} --mapl-forward-codec {forward} --mapl-backward-codec {backward}",
+         codes, *more)
+    )  # fmt: skip
+
+
+def assert_codebooks_equal(result: Result, boundaries: int, copies_each: int) -> None:
+    """Every process that holds a codebook holds the same, and it is not the one of the start."""
+    held: dict[int, list[list[torch.Tensor]]] = {}
+    for record in result.records:
+        for (boundary, _), codebooks in record["codebooks"].items():
+            held.setdefault(boundary, []).append(codebooks)
+    assert sorted(held) == list(range(boundaries))
+    for copies in held.values():
+        assert len(copies) == copies_each
+        for copy in copies:
+            assert len(copy) == len(copies[0]) > 0
+            for one, first in zip(copy, copies[0], strict=True):
+                assert torch.equal(one, first)
+                assert one.isfinite().all() and one.abs().max() > 0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
+    layout = LAYOUTS[name]
+    if pair == "fp8-fp8" and name not in ("pp2", "pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16"):
+        pytest.skip("a codec without state meets nothing new in the other layouts")
+    result = cluster.run(layout.world_size, layout.command(flags(*PAIRS[pair])))
+    arguments = layout.arguments.split()
+    virtual = 2 if "--num-virtual-stages-per-pipeline-rank" in arguments else 1
+    pipeline = int(arguments[arguments.index("--pipeline-model-parallel-size") + 1])
+    replicas = layout.world_size // pipeline
+    boundaries = pipeline * virtual - 1
+    assert_sides_equal(result, boundaries, 2 * replicas)
+    if "rvq" in PAIRS[pair]:
+        assert_codebooks_equal(result, boundaries, 2 * replicas)
+        assert all(line["codebooks"] for line in result.metrics)
+    assert result.losses[-1] < result.losses[0] - 0.02
+    total = result.traffic["total"]
+    assert total["scales"] > 0
+    assert bool(total["codebook"]) == ("rvq" in PAIRS[pair])
