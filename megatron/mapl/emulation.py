@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slow links between pipeline stages, emulated: no root, any machine, MAPL or plain Megatron.
 
-Every process delays its own sends as the link to the neighbouring stage would (`mapl.link`); the
-transfer itself then goes over the real connection, which must be several times as fast. Processes
-of one stage on one host share the host's links: all that goes from stage p to stage q is one
-direction of one link. In a pipeline of two stages the next stage is also the previous one, and
-there is one link, not two.
+Every process delays its own sends as the link to the neighbouring stage would (`mapl.link`); then
+the message goes over the real connection, which must be several times as fast. Processes of one
+stage on one host share the host's links: all that they send to the next stage takes one direction
+of one link. In a pipeline of two stages the next stage is the previous one too, by the same link.
 
-As with a socket, a send is over when its last byte has left, whether or not anybody receives; what
-is received late was waiting. Only for gloo and tensors on the CPU.
+As with a socket, a send is over when its last byte has left, whether or not anybody receives yet.
+Only for gloo and for tensors on the CPU.
 """
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,10 +29,10 @@ from megatron.mapl.patching import replace
 
 Direction = Literal["next", "prev"]
 
-#: Marks delayed messages: an undelayed one between the same processes must not be taken for one.
-_TAG = 1
-#: Bytes that any loopback passes in well under a millisecond.
-_SMALL = 128 * 1024
+#: Bytes that any real connection passes in a fraction of a millisecond.
+_SMALL = 32 * 1024
+#: Python's default of 5 ms is how long a computing thread may keep a sending one from its work.
+_SWITCH_SECONDS = 2e-4
 
 
 class Operation(NamedTuple):
@@ -41,7 +43,7 @@ class Operation(NamedTuple):
         tensor: what is sent, or the buffer that is filled; contiguous.
         direction: where the neighbour stands.
         peer: its global rank.
-        group: a process group that holds both.
+        group: a process group that holds both; emulated links have their own.
     """
 
     kind: Literal["send", "recv"]
@@ -54,11 +56,11 @@ class Operation(NamedTuple):
 def transfer(operations: Sequence[Operation], emulation: "LinkEmulation | None") -> list[Any]:
     """Starts to send and receive, over the emulated links if there are any.
 
-    Both sides name the tensors that they exchange in the same order.
+    What one process sends to another, in whatever directions, the other receives in the same order.
 
     Returns:
-        Transfers to `wait()` for: one an operation and in their order without NCCL, otherwise as
-        `torch.distributed.batch_isend_irecv` returns them.
+        Works to `wait()` for. Without emulation `torch.distributed.batch_isend_irecv` returns them,
+        otherwise see `LinkEmulation.transfer`.
     """
     if emulation is not None:
         return emulation.transfer(operations)
@@ -71,88 +73,107 @@ def transfer(operations: Sequence[Operation], emulation: "LinkEmulation | None")
 
 
 class LinkEmulation:
-    """The links over which this process sends.
+    """The links over which this process sends: `start` on all processes, `install`, `close`."""
 
-    Use: `start` on all processes, `install`, train, `close`.
-    """
-
-    def __init__(self, links: "dict[Direction, _Outgoing]") -> None:
+    def __init__(self, links: "dict[Direction, _Outgoing]", groups: tuple[Any, Any]) -> None:
         """
         Args:
-            links: to the next and to the previous stage; the same object if that is one stage.
+            links: to the next and to the previous stage; one object if that is one stage.
+            groups: process groups of all processes, for messages to lower and to higher ranks. Each
+                has connections of its own: gloo's threads spin on a connection that sends and
+                receives at the same time, for a whole time slice of the kernel.
         """
         self._links = links
+        self._groups = groups
         self._replaced: dict[str, Any] = {}
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(min(_SWITCH_SECONDS, self._switch_seconds))
 
     @classmethod
     def start(
-        cls, *, bandwidth_mbit: float | None, latency_ms: float, stage: int, stages: int
+        cls,
+        *,
+        bandwidth_mbit: float | None,
+        latency_ms: float,
+        stage: int,
+        stages: int,
+        timeout: timedelta | None = None,
     ) -> "LinkEmulation":
         """Finds out who shares a link with whom; all processes call it, after `init_process_group`.
 
         Args:
-            bandwidth_mbit: of each direction of each link, in 10⁶ bits a second; None: unlimited.
+            bandwidth_mbit: of each direction of each link, in 10⁶ bits a second; None: no limit.
             latency_ms: milliseconds, one way.
             stage: this process's place in the pipeline.
             stages: how many there are.
+            timeout: how long a message may wait for its receiver; default: torch's for gloo.
 
         Raises:
             ValueError: a setting out of range, or a backend that is not gloo.
-            RuntimeError: on all processes, if one of them cannot open the file that processes of
-                its host share.
+            RuntimeError: on all processes, if one cannot open the file that those of its host
+                share.
         """
         if dist.get_backend() != "gloo":
             raise ValueError(
                 "--mapl-emulate-bandwidth and --mapl-emulate-latency work with "
-                f"--distributed-backend gloo, not with {dist.get_backend()}"
+                f"--distributed-backend gloo alone, not with {dist.get_backend()}"
             )
-        by_stage: dict[int, _Outgoing] = {}
-        links: dict[Direction, _Outgoing] = {}
-        for direction, neighbour in _neighbours(stage, stages).items():
-            if neighbour not in by_stage:
-                clock = _shared_clock(stage)
-                name = f"emulated link from stage {stage} to stage {neighbour}"
-                link = EmulatedLink(bandwidth_mbit, latency_ms, clock)
-                by_stage[neighbour] = _Outgoing(link, DelayedSender(name), clock)
-            links[direction] = by_stage[neighbour]
-        return cls(links)
+        links: dict[int, _Outgoing] = {}
+        neighbours = _neighbours(stage, stages)
+        for neighbour in dict.fromkeys(neighbours.values()):
+            clock = _shared_clock(stage)
+            link = EmulatedLink(bandwidth_mbit, latency_ms, clock)
+            sender = DelayedSender(f"emulated link from stage {stage} to stage {neighbour}")
+            links[neighbour] = _Outgoing(link, sender, clock)
+        return cls(
+            {direction: links[neighbour] for direction, neighbour in neighbours.items()},
+            (dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)),
+        )
 
     def install(self) -> None:
-        """Has all of Megatron's communicators use the links, until `close`.
+        """Has Megatron's communicators use the links, until `close`.
 
         Raises:
-            RuntimeError: what is to be replaced is not there.
+            RuntimeError: a function that is to be replaced is not there.
         """
-        for name, function in (
-            ("_batched_p2p_ops", self._batched_p2p_ops),
-            ("_p2p_ops", self._p2p_ops),
-        ):
+        for function in (self._batched_p2p_ops, self._p2p_ops):
+            name = function.__name__
             original = getattr(p2p_communication, name, None)
             replace(p2p_communication, name, function)
             self._replaced[name] = original
 
     def close(self) -> None:
-        """Waits until all is sent, ends the threads, and gives Megatron its functions back.
+        """Waits until all is sent and received, and undoes `install`.
+
+        To be called before the process group is destroyed.
 
         Raises:
             RuntimeError: a send failed.
         """
+        sys.setswitchinterval(self._switch_seconds)
         while self._replaced:
             replace(p2p_communication, *self._replaced.popitem())
-        for link in set(self._links.values()):
-            link.close()
+        with ExitStack() as closing:  # all of them, even if one raises
+            for link in set(self._links.values()):
+                closing.callback(link.close)
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
-        """As `transfer` above, one result for each operation.
+        """Starts to send and receive; the caller may free or change what it sends at once.
 
-        The `wait()` of a send returns when the last byte has left.
+        Returns:
+            One work an operation, in their order. The `wait()` of a send returns when the last byte
+            has left, that of a receive when it has arrived; both raise what went wrong, a send also
+            for one before it, whose fate was unknown when it was waited for.
 
         Raises:
-            RuntimeError: an earlier send over the same link failed. The `wait()` of a send raises
-                it too, and the `wait()` of a receive whatever befell it.
+            RuntimeError: an earlier send over the same link failed.
+            ValueError: a tensor is not on the CPU.
         """
+        rank = dist.get_rank()
         return [
-            self._links[op.direction].send(op) if op.kind == "send" else _Receiving(op)
+            self._links[op.direction].send(op.tensor, op.peer, self._groups[rank < op.peer])
+            if op.kind == "send"
+            else _Receiving(op.tensor, op.peer, self._groups[op.peer < rank])
             for op in operations
         ]
 
@@ -169,8 +190,8 @@ class LinkEmulation:
     ) -> dict[str, Any]:
         """Megatron's function of that name: its arguments, its names of results.
 
-        The order matters where next and previous stage are one: what is sent to the next must be
-        received first from the previous.
+        The order matters where the next stage is the previous one too: what one sends to its next
+        first, the other receives from its previous first.
         """
         operations: dict[str, Operation] = {}
         if tensor_recv_prev is not None:
@@ -203,15 +224,14 @@ class _Outgoing:
     def __init__(self, link: EmulatedLink, sender: DelayedSender, clock: LinkClock) -> None:
         self._link, self._sender, self._clock = link, sender, clock
 
-    def send(self, operation: Operation) -> "_Sending":
-        """Books the link for a copy of the tensor, whose owner may change it once it has left."""
-        size = operation.tensor.nbytes
+    def send(self, tensor: torch.Tensor, peer: int, group: Any) -> "_Sending":
+        size = tensor.nbytes
         leaves_at, arrives_at = self._link.schedule(size)
-        data = _bytes_of(operation.tensor).clone()
+        # A copy, since the last byte leaves, and `wait()` returns, before the real transfer starts.
+        data = _bytes_of(tensor).clone()
         for begin, end in _pieces(size):
-            start = partial(_start, dist.isend, data[begin:end], operation)
-            due = arrives_at - self._link.seconds(size - end)
-            last = self._sender.submit(due, start)
+            start: Any = partial(dist.isend, data[begin:end], peer, group)
+            last = self._sender.submit(arrives_at - self._link.seconds(size - end), start)
         return _Sending(self._sender, leaves_at, last)
 
     def close(self) -> None:
@@ -228,11 +248,6 @@ class _Sending:
         self._sender, self._leaves_at, self._last = sender, leaves_at, last
 
     def wait(self) -> bool:
-        """Returns when the last byte has left.
-
-        Raises:
-            RuntimeError: this send failed, as far as is known by then, or one before it.
-        """
         sleep_until(self._leaves_at)
         if self._last.due <= self._leaves_at:
             self._sender.wait_for_start(self._last)
@@ -243,29 +258,24 @@ class _Sending:
 class _Receiving:
     """A receive under way: posted at once, in the pieces in which it is sent."""
 
-    def __init__(self, operation: Operation) -> None:
-        data = _bytes_of(operation.tensor)
-        self._works = [
-            _start(dist.irecv, data[begin:end], operation) for begin, end in _pieces(len(data))
+    def __init__(self, tensor: torch.Tensor, peer: int, group: Any) -> None:
+        data = _bytes_of(tensor)
+        self._works: list[Any] = [
+            dist.irecv(data[begin:end], peer, group) for begin, end in _pieces(len(data))
         ]
 
     def wait(self) -> bool:
-        """Returns when the tensor is there; raises what `torch.distributed` raises."""
         while self._works:
             self._works.pop(0).wait()
         return True
 
 
-def _start(function: Callable[..., Any], piece: torch.Tensor, operation: Operation) -> Any:
-    return function(piece, operation.peer, operation.group, _TAG)
-
-
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
     """How `size` bytes are cut: begin and end of each piece, by one rule for both sides.
 
-    A message that began its way over the real connection only when its last byte is due would be
-    late by the time of that way. So the first half goes when its own last byte is due, then half of
-    the rest, until little is left to be late.
+    If all of a message began its way over the real connection when its last byte is due, it would
+    arrive too late by the time of that way. So its first half goes when the last byte of that half
+    is due, then half of the rest, and so on, until what is left takes no time worth mentioning.
     """
     begin = 0
     while size - begin > _SMALL:
@@ -279,7 +289,6 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, [n] uint8, in its memory."""
     if not tensor.is_cpu:
         raise ValueError(f"an emulated link carries tensors on the CPU, not on {tensor.device}")
-    # Another tensor over the same memory: Megatron takes it from a tensor that it has sent.
     return tensor.detach().view(-1).view(torch.uint8)
 
 
@@ -290,34 +299,35 @@ def _neighbours(stage: int, stages: int) -> dict[Direction, int]:
 
 
 def _shared_clock(stage: int) -> LinkClock:
-    """One clock for all processes of this stage on this host; all processes of the job call it.
+    """A clock for the processes of this stage on this host; all processes of the job call it.
 
     Raises:
         RuntimeError: on all processes, if one has failed.
     """
-    # Machines of one name are told apart by their boot, containers of one boot by their names.
+    # Machines of one name are told apart by their boot, containers of one machine by their names.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     here = (socket.gethostname(), boot, stage)
     leader = _gather(here).index(here)
     path = clock = error = None
-    try:
+    with ExitStack() as deleting:
         if dist.get_rank() == leader:
-            path = LinkClock.create_file()
-    except OSError as failure:
-        error = str(failure)
-    try:
-        if (shared := _gather(path)[leader]) is not None:
-            clock = LinkClock(shared)
-    except OSError as failure:
-        error = str(failure)
-    errors = _gather(error)
-    if path is not None:
-        os.unlink(path)
+            try:
+                path = LinkClock.create_file()
+                deleting.callback(os.unlink, path)
+            except OSError as failure:
+                error = str(failure)
+        shared = _gather(path)[leader]
+        if shared is not None:
+            try:
+                clock = LinkClock(shared)
+            except OSError as failure:
+                error = str(failure)
+        errors = _gather(error)  # by now all have opened it
     for rank, message in enumerate(errors):
         if message is not None:
             raise RuntimeError(
-                f"--mapl-emulate-bandwidth: process {rank} cannot share a link with the others of "
-                f"its host: {message}; they need one directory for temporary files"
+                f"--mapl-emulate-bandwidth: process {rank} cannot share a link with those of its "
+                f"host: {message}; give them one directory for temporary files (TMPDIR)"
             )
     assert clock is not None
     return clock

@@ -20,6 +20,20 @@ def exit_with_error(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
+def exit_without_peer(lost: str) -> NoReturn:
+    """Says on this process that another one is gone or silent, and ends it with status 1.
+
+    Every process says so: each knows another part, and the store may have gone with the peer.
+    """
+    print(
+        f"pretrain_gpt.py: error: {lost}; start the job again from its last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(1)  # in order it would wait for transfers that never end
+
+
 def _is_first_to_report() -> bool:
     """Whether to print: most errors are seen by all processes, but some by one alone.
 

@@ -80,7 +80,7 @@ def _transfer(items: list[_Item], pipeline: Any, runtime: MaplRuntime) -> None:
         if item.buffer is not None:
             operations.append(Operation("recv", item.buffer, direction, item.peer, pipeline))
     works = transfer(operations, runtime.emulation)
-    wait_all(works, "the exchange between stages after a step")
+    wait_all(works, "the exchange between stages after a step", runtime.timeout)
 
 
 class _Gather:

@@ -72,7 +72,7 @@ class MaplP2PCommunicator(P2PCommunicator):
             works = self._start(**buffers)
             if wait_on_reqs:
                 for work in works if batched else works.values():
-                    wait(work, "a payload")
+                    wait(work, "a payload", runtime.timeout)
                 if batched and self.config.batch_p2p_sync:
                     torch.cuda.synchronize()
                 return from_prev, from_next, None
@@ -176,7 +176,9 @@ def receiving_ahead(
     """Megatron's schedule without virtual stages, its transfers off the critical path."""
 
     def run(*, num_microbatches: int, forward_only: bool = False, **kwargs: Any) -> Any:
-        runtime.in_flight = InFlight(depth, num_microbatches, forward_only=forward_only)
+        runtime.in_flight = InFlight(
+            depth, num_microbatches, forward_only=forward_only, timeout=runtime.timeout
+        )
         try:
             result = schedule(
                 num_microbatches=num_microbatches, forward_only=forward_only, **kwargs
@@ -208,5 +210,5 @@ class _Transfer:
         """Waits as Megatron does for its own transfers; a second call does nothing."""
         if self._work is not None:
             with self._runtime.communicating():
-                wait(self._work, "a payload")
+                wait(self._work, "a payload", self._runtime.timeout)
             self._work = self._buffer = None

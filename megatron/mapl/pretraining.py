@@ -34,11 +34,12 @@ from mapl.config import EmulationConfig
 from mapl.token_ids import id_size
 from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
 from megatron.mapl.emulation import LinkEmulation
-from megatron.mapl.errors import exit_with_error
+from megatron.mapl.errors import exit_with_error, exit_without_peer
 from megatron.mapl.optimizer import with_projectors, without_anchor_decay
 from megatron.mapl.p2p_communication import MaplP2PCommunicator, receiving_ahead
 from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
+from megatron.mapl.transfers import PeerError, lost_peer
 
 
 def run(*, program_start: float, cpu_mode: bool) -> None:
@@ -77,15 +78,21 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     if runtime is not None:
         depth = arguments.receive_ahead(args, runtime.config)
         _hook_into_megatron(model_config, runtime, depth)
-    wrapped_pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        gpt.build_datasets,
-        ModelType.encoder_or_decoder,
-        gpt.forward_step,
-        store=store,
-        get_embedding_ranks=gpt.get_embedding_ranks,
-    )
-    finish()
+    try:
+        wrapped_pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            gpt.build_datasets,
+            ModelType.encoder_or_decoder,
+            gpt.forward_step,
+            store=store,
+            get_embedding_ranks=gpt.get_embedding_ranks,
+        )
+        finish()
+    except RuntimeError as error:
+        lost = str(error) if isinstance(error, PeerError) else lost_peer(error)
+        if lost is None:
+            raise
+        exit_without_peer(lost)
 
 
 def _finish(runtime: MaplRuntime | None, links: "_Links", cpu_mode: bool) -> None:
@@ -183,6 +190,11 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
         pipeline_dtype=model_config.transformer.pipeline_dtype,
         split_ranks=arguments.split_ranks(args, config),
         seed=args.seed,
+        timeout_after_first_step=(
+            args.distributed_timeout_seconds_after_init
+            if args.distributed_backend == "gloo"
+            else None
+        ),
     )
     id_size(runtime.vocab_size)  # refuses a vocabulary that no id type holds
     return runtime

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ class MaplRuntime:
         pipeline_dtype: the dtype of activations between stages.
         split_ranks: how many tensor-parallel ranks share the sending of a micro-batch.
         seed: Megatron's `--seed`.
+        timeout_after_first_step: seconds, `--distributed-timeout-seconds-after-init` over gloo.
         stages: the model chunks of this process, in order, once the model is built.
         ledger, guard: bytes sent, payloads checked.
         emulation: the slow network between stages, if it is emulated.
@@ -49,6 +51,7 @@ class MaplRuntime:
     pipeline_dtype: torch.dtype
     split_ranks: int
     seed: int
+    timeout_after_first_step: int | None = None
     stages: list["StageBoundaries"] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     guard: PayloadGuard = field(default_factory=PayloadGuard)
@@ -58,6 +61,16 @@ class MaplRuntime:
     training_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """Of a transfer between stages; None for that of the process group.
+
+        Megatron's shorter one after the first step does not reach gloo's transfers by itself.
+        """
+        if self.timeout_after_first_step is None or self.steps == 0:
+            return None
+        return timedelta(seconds=self.timeout_after_first_step)
 
     def inlets(self) -> list["Port"]:
         """The receiving ends of boundaries in this process, in pipeline order."""

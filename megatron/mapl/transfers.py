@@ -11,48 +11,60 @@ long before. `InFlight` keeps up to `depth` payloads a direction under way while
 Micro-batches are computed in the same order on the same numbers, so the losses stay the same.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-#: What gloo and NCCL say when a peer has ended, or has not answered in time.
-_LOST = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Socket Timeout",
-    "Timed out",
-    "timed out",
-    "Connection refused",
-    "Gloo connectFullMesh failed",
-)
+#: What gloo and NCCL say when a peer has ended …
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "Connection refused")
+#: … and when it has not answered in time.
+_SILENT = ("Timed out", "timed out", "timeout", "Timeout")
 
 
 class PeerError(RuntimeError):
     """Another process of the job has ended, or does not answer."""
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error of a collective or a transfer says that a peer is gone."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
+def lost_peer(error: BaseException) -> str | None:
+    """What the error of a collective or a transfer says about a peer; None for other errors."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _GONE):
+        return f"another process is gone ({_first_line(text)})"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _SILENT):
+        return f"another process does not answer within the time-out ({_first_line(text)})"
+    return None
 
 
-def wait(work: Any, what: str) -> None:
+def _first_line(text: str) -> str:
+    """The reason without the place in gloo's source before it and the stack after it."""
+    return re.sub(r"^(\[[^]]*\] *)+", "", text.splitlines()[0])
+
+
+def wait(work: Any, what: str, timeout: timedelta | None = None) -> None:
     """Waits for a transfer.
 
+    Args:
+        work: what the transfer's start returned.
+        what: was waited for, to be said in an error.
+        timeout: None for that of the process group.
+
     Raises:
-        PeerError: the peer is gone; says `what` was waited for.
+        PeerError: the peer is gone or silent.
     """
     try:
-        work.wait()
+        if timeout is None:
+            work.wait()
+        else:
+            work.wait(timeout)
     except RuntimeError as error:
-        if not lost_peer(error):
+        lost = lost_peer(error)
+        if lost is None:
             raise
-        reason = str(error).splitlines()[0]
-        raise PeerError(f"{what}: the process on the other side is gone ({reason})") from error
+        raise PeerError(f"{what}: {lost}") from error
 
 
 class InFlight:
@@ -62,10 +74,18 @@ class InFlight:
         depth: how many payloads a direction may be under way.
         micro_batches: of the call.
         forward_only: whether it is an evaluation, to which no gradients come back.
+        timeout: of a transfer; None for that of the process group.
     """
 
-    def __init__(self, depth: int, micro_batches: int, *, forward_only: bool) -> None:
-        self._depth = depth
+    def __init__(
+        self,
+        depth: int,
+        micro_batches: int,
+        *,
+        forward_only: bool,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self._depth, self._timeout = depth, timeout
         self._to_come = {"prev": micro_batches, "next": 0 if forward_only else micro_batches}
         self._receiving: dict[str, deque[tuple[Any, torch.Tensor]]] = {
             "prev": deque(),
@@ -95,7 +115,7 @@ class InFlight:
         """
         assert self._receiving[side], "the schedule receives more than its micro-batches"
         work, buffer = self._receiving[side].popleft()
-        wait(work, what)
+        wait(work, what, self._timeout)
         return buffer
 
     def send(self, side: str, work: Any, payload: torch.Tensor, what: str) -> None:
@@ -106,7 +126,7 @@ class InFlight:
         """
         self._sending[side].append((work, payload))
         while len(self._sending[side]) > self._depth:
-            wait(self._sending[side].popleft()[0], what)
+            wait(self._sending[side].popleft()[0], what, self._timeout)
 
     def drain(self) -> None:
         """Waits for the sends that are left.
@@ -116,17 +136,18 @@ class InFlight:
         """
         for side, sending in self._sending.items():
             while sending:
-                wait(sending.popleft()[0], f"the last sends to the {_STAGE[side]} stage")
+                what = f"the last sends to the {_STAGE[side]} stage"
+                wait(sending.popleft()[0], what, self._timeout)
 
 
 _STAGE = {"prev": "previous", "next": "next"}
 
 
-def wait_all(works: Iterable[Any], what: str) -> None:
-    """Waits for all of them.
+def wait_all(works: Iterable[Any], what: str, timeout: timedelta | None = None) -> None:
+    """Waits for all of them, each as `wait` does.
 
     Raises:
         PeerError: a peer is gone.
     """
     for work in works:
-        wait(work, what)
+        wait(work, what, timeout)

@@ -51,6 +51,8 @@ def run(path: Path, job: dict[str, Any]) -> None:
     def noting_check_sides(runtime: Any) -> None:
         check_sides(runtime)
         record.setdefault("checked", []).append(projectors(runtime))
+        if len(record["checked"]) == 2:  # the first is at start, the second after a load
+            record["loaded_codebooks"] = codebooks(runtime)
 
     pretraining.checkpoint.check_sides = noting_check_sides
     try:
@@ -67,7 +69,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
             record["codebooks"] = codebooks(runtime)
             record["payloads"] = {
                 (port.boundary, port.is_outlet): [
-                    (channel.sent, channel.received)
+                    max(channel.sent, channel.received)
                     for channel in (port.forward_channel, port.backward_channel)
                 ]
                 for port in runtime.ports()

@@ -6,6 +6,7 @@ that sends it.
 """
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -141,3 +142,42 @@ def unbatched_transfers(record: dict[str, Any]) -> None:
         return config
 
     pretraining.gpt_config_from_args = unbatched
+
+
+def _signal_in_step_3(signal_number: int) -> None:
+    """In the process `VICTIM_RANK`, while it packs its third payload of the third step."""
+    pack = Channel.pack
+    if os.environ["RANK"] != os.environ["VICTIM_RANK"]:
+        return
+    micro_batches = 8
+
+    def pack_and_fall(self: Channel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.sent == 2 * micro_batches + 2:
+            os.kill(os.getpid(), signal_number)
+        return pack(self, *args, **kwargs)
+
+    Channel.pack = pack_and_fall
+
+
+def die_in_step_3(record: dict[str, Any]) -> None:
+    """The process is gone, as when its machine fails."""
+    _signal_in_step_3(signal.SIGKILL)
+
+
+def stop_in_step_3(record: dict[str, Any]) -> None:
+    """The process is there and does nothing, as when its machine hangs."""
+    _signal_in_step_3(signal.SIGSTOP)
+
+
+def count_posted_receives(record: dict[str, Any]) -> None:
+    """No fault: notes how many receives a process has posted when it first waits for one."""
+    from megatron.mapl.transfers import InFlight
+
+    record["posted_first"] = 0
+    receive = InFlight.receive
+
+    def noting_receive(self: InFlight, side: str, what: str) -> torch.Tensor:
+        record["posted_first"] = record["posted_first"] or len(self._receiving[side])
+        return receive(self, side, what)
+
+    InFlight.receive = noting_receive  # type: ignore[method-assign]

@@ -16,6 +16,13 @@ SAVE = "--save-interval 2 --ckpt-format torch_dist --lr-decay-iters 10 --lr-warm
 MAPL = f"--mapl-rank {RANK}"
 
 
+def codecs(forward: str, backward: str, *more: str) -> str:
+    """Flags of a job whose latents are quantised; few codes, so that they are all in use."""
+    codes = "--mapl-rvq-codes 16" if "rvq" in (forward, backward) else ""
+    names = f"--mapl-forward-codec {forward} --mapl-backward-codec {backward}"
+    return " ".join((names, codes, *more))
+
+
 def error_line(result: Result) -> str:
     """The one line that a refused job prints."""
     assert 2 in result.codes, result.log[-3000:]
@@ -46,6 +53,10 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("fp16", "--initial-loss-scale 1024 --train-iters 4"),
         ("tp2-sp-pp2", "--use-distributed-optimizer"),
         ("moe-ep2", ""),
+        ("pp2-dp2", codecs("rvq", "int8")),
+        ("pp2-vpp2-overlapped", codecs("rvq", "rvq", "--mapl-rvq-order random")),
+        ("tp2-pp2", codecs("int4", "rvq")),
+        ("bf16", codecs("fp8", "int4")),
     ],
 )
 def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, more: str) -> None:
@@ -70,6 +81,11 @@ def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, m
     for ours, theirs in zip(anchors(straight), anchors(resumed), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert all(torch.equal(one[key], other[key]) for key in one)
+    for one, other in zip(straight.records, resumed.records, strict=True):
+        assert one["payloads"] == other["payloads"]
+        for place, codebooks in one["codebooks"].items():
+            for ours, theirs in zip(codebooks, other["codebooks"][place], strict=True):
+                assert torch.equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +230,44 @@ def test_a_side_that_differs_is_found(cluster: Cluster, checkpoints: dict[str, P
     command = LAYOUTS["pp2"].command(MAPL, SAVE, f"--load {checkpoints['mapl']}")
     result = cluster.run(2, command, tamper="nudge_projector_after_load", fails=True)
     assert "the projector of boundary 0 differs between ranks 0 and 1" in result.log
+
+
+def test_fewer_stages_keep_their_codebooks(cluster: Cluster, tmp_path: Path) -> None:
+    more = f"{codecs('rvq', 'rvq')} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    before = cluster.run(
+        4, LAYOUTS["pp4"].command(MAPL, SAVE, more, f"--save {tmp_path} --exit-interval 2")
+    )
+    after = cluster.run(
+        2, LAYOUTS["pp2"].command(MAPL, SAVE, more, f"--load {tmp_path} --exit-interval 2")
+    )
+    saved = before.records[1]["codebooks"][1, "outlet"]  # after layer 2
+    loaded = [record["loaded_codebooks"] for record in after.records]
+    for side in (loaded[0][0, "outlet"], loaded[1][0, "inlet"]):
+        for one, other in zip(side, saved, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_another_codec_starts_fresh(cluster: Cluster, tmp_path: Path) -> None:
+    """A codec is no part of the model: the run goes on without a permission."""
+    save = f"--save {tmp_path} --exit-interval 2"
+    before = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, save, codecs("int8", "rvq")))
+    command = LAYOUTS["pp2"].command(MAPL, SAVE, f"--load {tmp_path}", codecs("rvq", "rvq"))
+    after = cluster.run(2, command)
+    assert "mapl.cut_2.forward_codec: the checkpoint has no codebooks of this size" in after.log
+    assert "mapl.cut_2.backward_codec: the checkpoint has no" not in after.log
+    assert after.losses[-1] < before.losses[-1]
+
+
+def test_quantising_a_model_that_was_trained_without(cluster: Cluster, tmp_path: Path) -> None:
+    """Without projector and anchor the model is the same function, so nothing stands in the way."""
+    save = f"--save {tmp_path} --exit-interval 2"
+    direct = f"--mapl-rank 64 --mapl-projector none --mapl-anchor none {codecs('int8', 'int8')}"
+    plain = cluster.run(2, LAYOUTS["pp2"].command(SAVE, save))
+    whole = cluster.run(2, LAYOUTS["pp2"].command(SAVE))
+    quantised = cluster.run(2, LAYOUTS["pp2"].command(SAVE, direct, f"--load {tmp_path}"))
+    assert len(plain.losses) == 2
+    assert quantised.losses == pytest.approx(whole.losses[2:], rel=1e-2)
+    back = tmp_path / "back"
+    cluster.run(2, LAYOUTS["pp2"].command(SAVE, direct, f"--save {back} --exit-interval 2"))
+    again = cluster.run(2, LAYOUTS["pp2"].command(SAVE, f"--load {back}"))
+    assert again.losses == pytest.approx(whole.losses[2:], rel=1e-2)
