@@ -64,7 +64,37 @@ REFUSED = {
     "shared-link": (
         VIRTUAL,
         "--mapl-rank 8 8 16",
-        "--mapl-rank 8 8 16 gives boundaries 0 and 2 different ranks, .*the same rank",
+        "--mapl-rank 8 8 16 differs for boundaries 0 and 2, .*give .* the same",
+    ),
+    "shared-link-codecs": (
+        VIRTUAL,
+        "--mapl-rank 8 --mapl-forward-codec int8 int8 int4",
+        "--mapl-forward-codec int8 int8 int4 differs for boundaries 0 and 2, .*the same",
+    ),
+    "receive-ahead": (
+        VIRTUAL,
+        "--mapl-rank 8 --mapl-receive-ahead 2",
+        "--mapl-receive-ahead 2 is for pipelines without virtual stages; leave it out",
+    ),
+    "codec-without-use": (
+        TWO,
+        "--mapl-rank 8 --mapl-rvq-codes 16",
+        "--mapl-rvq-codes 16 has no effect without rvq; leave it out, or give --mapl-forward",
+    ),
+    "codebook-shares": (
+        LAYOUTS["tp2-pp2"],
+        "--mapl-rank 8 --mapl-forward-codec rvq --mapl-rvq-codes 2 --mapl-rvq-sync-entries 2",
+        "--mapl-rvq-sync-entries 2: 2 processes .*use at most 1",
+    ),
+    "emulated-bandwidth": (
+        TWO,
+        "--mapl-emulate-bandwidth -5",
+        "--mapl-emulate-bandwidth -5.0 must be a positive number of Mbit/s; leave it out",
+    ),
+    "direct": (
+        TWO,
+        "--mapl-rank 8 --mapl-projector none --mapl-anchor none",
+        "--mapl-rank 8 with --mapl-projector none: .*give the --hidden-size, 64",
     ),
     "moe-overlap": (
         MOE,

@@ -13,8 +13,9 @@ MAPL = f"--mapl-rank {RANK}"
 TP4 = Layout(4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2")
 
 
-@pytest.mark.parametrize("name", ["pp2", "pp4", "bf16", "tp2-sp-pp2"])
-@pytest.mark.parametrize("depth", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("name", "depth"), [("pp2", 1), ("pp4", 2), ("bf16", 100), ("tp2-sp-pp2", 2)]
+)
 def test_receiving_ahead_changes_no_loss(cluster: Cluster, name: str, depth: int) -> None:
     layout = LAYOUTS[name]
     more = "--eval-interval 2 --eval-iters 3"
@@ -63,9 +64,7 @@ def test_a_sequence_that_does_not_divide_is_not_split(cluster: Cluster) -> None:
     assert result.traffic["total"]["latents"] == 2 * one.traffic["total"]["latents"]
 
 
-@pytest.mark.parametrize(
-    "name", ["pp2", "pp2-dp2", "tp2-pp2", "tp2-sp-pp2", "per-token-loss", "pp4-vpp2", "moe-ep2"]
-)
+@pytest.mark.parametrize("name", ["pp2-dp2", "tp2-pp2", "tp2-sp-pp2", "pp4-vpp2"])
 def test_the_exchange_in_bf16(cluster: Cluster, name: str) -> None:
     """Both sides round both terms alike, so they stay equal; the bytes are half."""
     layout = LAYOUTS[name]
@@ -81,10 +80,10 @@ def test_the_exchange_in_bf16(cluster: Cluster, name: str) -> None:
     assert half.losses == pytest.approx(full.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize("network", ["--mapl-emulate-latency 20", "--mapl-emulate-bandwidth 2"])
-@pytest.mark.parametrize("name", ["pp2", "pp4", "pp2-vpp2-overlapped", "tp2-pp2"])
-def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str, network: str) -> None:
+@pytest.mark.parametrize("name", ["pp4", "pp2-vpp2-overlapped", "tp2-pp2"])
+def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> None:
     layout = LAYOUTS[name]
+    network = "--mapl-emulate-latency 20 --mapl-emulate-bandwidth 4"
     for flags in (MAPL, ""):  # plain Megatron too
         fast = cluster.run(layout.world_size, layout.command(flags))
         slow = cluster.run(layout.world_size, layout.command(flags, network))
@@ -92,15 +91,13 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str, networ
         assert slow.validation == fast.validation
         if not flags:
             continue
-        # No byte arrives before its time. A step goes to and fro at least once; what crosses one
-        # direction of a link takes at least its bits over the bandwidth.
+        # No byte arrives before its time: a step goes to and fro at least once, and what crosses
+        # one direction of a link takes its bits over the bandwidth.
         steps = 3  # after the first, which has the start-up in it
-        least = steps * 2 * 0.020
-        if "bandwidth" in network:
-            kinds = slow.traffic["boundaries"][0]["forward"]
-            sent = sum(kinds[kind] for kind in KINDS)
-            payloads = 8 * (2 if name == "tp2-pp2" else 1) / kinds["payloads"]
-            least = steps * sent * payloads * 8 / 2e6
+        kinds = slow.traffic["boundaries"][0]["forward"]
+        senders = 2 if name == "tp2-pp2" else 1
+        sent = sum(kinds[kind] for kind in KINDS) * 8 * senders / kinds["payloads"]
+        least = steps * max(2 * 0.020, sent * 8 / 4e6)
         assert slow.traffic["seconds"]["after_first_step"] >= least
 
 

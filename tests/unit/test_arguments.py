@@ -88,6 +88,19 @@ READ = {
         "mapl_checkpoint": "match",
         "mapl_report_dir": None,
         "mapl_log_interval": None,
+        "mapl_forward_codec": ["pipeline"],
+        "mapl_backward_codec": ["pipeline"],
+        "mapl_tensor_parallel_split": True,
+        "mapl_receive_ahead": None,
+        "mapl_rvq_codes": None,
+    },
+    "--mapl-rank 8 --mapl-forward-codec rvq --mapl-backward-codec int4 --mapl-rvq-codes 16 "
+    "--mapl-no-tensor-parallel-split --mapl-projector-exchange bf16": {
+        "mapl_forward_codec": ["rvq"],
+        "mapl_backward_codec": ["int4"],
+        "mapl_rvq_codes": 16,
+        "mapl_tensor_parallel_split": False,
+        "mapl_projector_exchange": "bf16",
     },
     "--mapl-rank 8 0 16 --mapl-anchor-rank 4 --mapl-projector-lr-mult 0.5 --mapl-report-dir out": {
         "mapl_rank": [8, 0, 16],
@@ -139,9 +152,9 @@ ALLOWED_BESIDE: dict[str, dict[str, Any]] = {
 }
 
 SHARED_LINKS = {
-    "8 8 16": "--mapl-rank 8 8 16 gives boundaries 0 and 2 different ranks",
+    "8 8 16": "--mapl-rank 8 8 16 differs for boundaries 0 and 2, ",
     "8 0 8": None,
-    "8 0 8 0 8 0 0": "gives boundaries 0 and 6 different ranks",
+    "8 0 8 0 8 0 0": "differs for boundaries 0 and 6, ",
 }
 
 Answers = Callable[..., dict[str, Any]]
@@ -226,12 +239,16 @@ def test_help_shows_the_docstrings() -> None:
     shown = " ".join(run(["pretrain_gpt.py", "--help"]).split())
     assert "Learned subspace compression of the boundaries between pipeline stages." in shown
     for field in fields(MaplConfig):
-        assert f"--mapl-{field.name.replace('_', '-')}" in shown
+        no = "no-" if field.default is True else ""
+        assert f"--mapl-{no}{field.name.replace('_', '-')} " in shown
     for words in (
         "Projector rank r, the width of what crosses a boundary",
         "Rank r_a of the factorized anchor; it costs memory, no traffic.",
         "{factorized,none,static,full}",
-        "{learned,fixed,unconstrained}",
+        "{learned,fixed,unconstrained,none}",
+        "{pipeline,fp8,int8,int4,rvq}",
+        "--mapl-emulate-bandwidth",
+        "--mapl-emulate-latency",
         "Steps between two lines of mapl_metrics.jsonl. Default: --log-interval.",
     ):
         assert words in shown, words

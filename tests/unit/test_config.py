@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mapl.config import MaplConfig
+from mapl.config import EmulationConfig, MaplConfig
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,40 @@ from mapl.config import MaplConfig
         ({"rank": [8], "projector_lr_mult": 0.0}, r"--mapl-projector-lr-mult 0.0"),
         ({"rank": [8], "projector_lr_mult": float("nan")}, r"--mapl-projector-lr-mult nan"),
         ({"rank": [8], "log_interval": 0}, r"--mapl-log-interval 0"),
+        ({"rank": [8], "receive_ahead": -1}, r"--mapl-receive-ahead -1 must be"),
+        ({"rank": [8], "projector": "none"}, r"--mapl-projector none .*give --mapl-anchor none"),
+        (
+            {"rank": [8], "projector": "fixed", "projector_exchange": "bf16"},
+            r"--mapl-projector-exchange bf16 has no effect with --mapl-projector fixed",
+        ),
+        ({"rank": [8], "codec_group_size": 32}, r"--mapl-codec-group-size 32 has no effect"),
+        (
+            {"rank": [8], "codec_group_size": 0, "forward_codec": ["int8"]},
+            r"--mapl-codec-group-size 0 must be at least 1",
+        ),
+        *(
+            ({"rank": [8], name: value}, rf"--mapl-{name.replace('_', '-')} {value} has no effect")
+            for name, value in {
+                "rvq_groups": 2,
+                "rvq_rounds": 2,
+                "rvq_codes": 16,
+                "rvq_decay": 0.9,
+                "rvq_sync": "full",
+                "rvq_sync_entries": 2,
+                "rvq_order": "random",
+            }.items()
+        ),
+        *(
+            (
+                {"rank": [8], "backward_codec": ["rvq"], "rvq_sync": "full", name: value},
+                rf"--mapl-{name.replace('_', '-')} {value} has no effect with --mapl-rvq-sync full",
+            )
+            for name, value in {"rvq_sync_entries": 1, "rvq_order": "round-robin"}.items()
+        ),
+        (
+            {"rank": [8], "forward_codec": ["rvq"], "rvq_codes": 100},
+            r"--mapl-rvq-codes 100 must be a power of two",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -35,6 +69,26 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         ({"rank": [8, 8]}, 3, r"gives 2 ranks for 3 boundaries"),
         ({"rank": [65]}, 3, r"exceeds --hidden-size 64"),
         ({"rank": [8], "anchor_rank": 65}, 3, r"--mapl-anchor-rank 65 exceeds --hidden-size 64"),
+        (
+            {"rank": [32], "projector": "none", "anchor": "none"},
+            3,
+            r"--mapl-rank 32 with --mapl-projector none: .*give the --hidden-size, 64, or 0",
+        ),
+        (
+            {"rank": [8], "forward_codec": ["int8", "int4"]},
+            3,
+            r"--mapl-forward-codec int8 int4 gives 2 codecs for 3 boundaries; give one",
+        ),
+        (
+            {"rank": [8, 0, 8], "backward_codec": ["int8", "int4", "int8"]},
+            3,
+            r"--mapl-backward-codec int8 int4 int8 names int4 for boundary 1, which --mapl-rank 0",
+        ),
+        (
+            {"rank": [9], "forward_codec": ["rvq"], "rvq_groups": 2},
+            3,
+            r"--mapl-rvq-groups 2 does not divide the 9 numbers",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(
@@ -50,3 +104,34 @@ def test_one_rank_serves_all_boundaries_and_a_list_each_its_own() -> None:
     plan = MaplConfig(rank=[8, 0, 64], anchor_rank=32).plan(hidden_size=64, boundaries=3)
     assert plan.ranks == (8, 0, 64) and plan.anchor_rank == 32
     assert [plan.width(boundary) for boundary in range(3)] == [8, 64, 64]
+
+
+def test_one_codec_serves_all_compressed_boundaries_and_a_list_each_its_own() -> None:
+    config = MaplConfig(rank=[8, 0, 8], forward_codec=["int4"], backward_codec=["rvq"])
+    plan = config.plan(hidden_size=64, boundaries=3)
+    assert plan.forward_codecs == ("int4", "pipeline", "int4")
+    assert plan.backward_codecs == ("rvq", "pipeline", "rvq")
+    config = MaplConfig(rank=[8], forward_codec=["int4", "pipeline", "int8"])
+    plan = config.plan(hidden_size=64, boundaries=3)
+    assert plan.forward_codecs == ("int4", "pipeline", "int8")
+
+
+def test_shares_of_entries_must_fit_the_codebook() -> None:
+    """Known before the model is built."""
+    config = MaplConfig(rank=[8], forward_codec=["rvq"], rvq_codes=4, rvq_sync_entries=2)
+    config.plan(hidden_size=64, boundaries=1, shards=2)
+    with pytest.raises(ValueError, match="--mapl-rvq-sync-entries 2: 4 processes"):
+        config.plan(hidden_size=64, boundaries=1, shards=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"emulate_bandwidth": 0.0}, "--mapl-emulate-bandwidth 0.0 must be a positive"),
+        ({"emulate_bandwidth": float("nan")}, "--mapl-emulate-bandwidth nan must be"),
+        ({"emulate_latency": -1.0}, "--mapl-emulate-latency -1.0 must be a number of milli"),
+    ],
+)
+def test_emulated_networks_that_do_not_exist(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmulationConfig(**settings)
