@@ -82,5 +82,5 @@ demo: setup  ## Train a small model on this machine, with and without compressio
 	@$(PY) tools/demo.py
 
 clean:  ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -106,7 +106,9 @@ class EmulatedLink:
                 negative.
         """
         if bandwidth_mbit is not None and not 0 < bandwidth_mbit < float("inf"):
-            raise ValueError(f"the bandwidth of a link must be positive, got {bandwidth_mbit} Mbit")
+            raise ValueError(
+                f"the bandwidth of a link must be positive, got {bandwidth_mbit} Mbit/s"
+            )
         if not 0 <= latency_ms < float("inf"):
             raise ValueError(f"the latency of a link must be 0 or more, got {latency_ms} ms")
         self._seconds_a_byte = 0.0 if bandwidth_mbit is None else 8e-6 / bandwidth_mbit

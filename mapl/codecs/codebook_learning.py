@@ -18,9 +18,9 @@ from mapl.codecs.counter_random import gaussian, stream_key, uniform
 #: A code is dead if its count is below this share of the mean count of its codebook.
 DEAD = 0.01
 
-#: How far at most a revived code is moved from its neighbour, in units of the codebook's RMS:
-#: enough to survive rounding to bf16, little beside the distance between entries.
-_NUDGE = 2.0**-4
+#: How far at most a revived code is moved from its neighbour, in units of the largest number in the
+#: codebook: enough to survive rounding to bf16, little beside the distance between entries.
+_NUDGE = 2.0**-6
 
 #: A count that has decayed below this is as good as none: the quotient of subnormal numbers could
 #: be anything.
@@ -81,6 +81,9 @@ def revived(counts: Tensor, sums: Tensor, key: int) -> tuple[Tensor, Tensor]:
     half the sum of the j-th most used one, and its entry is moved a little at random. That one
     keeps the other halves, hence its entry, unless it is dead itself: then both stay as they are.
 
+    Processes that share the work of sending a codebook must come to the same bits, so there is no
+    floating-point sum here whose rounding would depend on the hardware's order.
+
     Args:
         counts: [G, R, K] fp32.
         sums: [G, R, K, v] fp32.
@@ -89,7 +92,7 @@ def revived(counts: Tensor, sums: Tensor, key: int) -> tuple[Tensor, Tensor]:
     half = counts.shape[-1] // 2
     order = counts.argsort(dim=-1, stable=True)
     rare, common = order[..., :half], order.flip(-1)[..., :half]
-    limit = DEAD * counts.mean(-1, keepdim=True)
+    limit = _dead_below(counts)
     rare_counts, common_counts = counts.gather(-1, rare), counts.gather(-1, common)
     due = (rare_counts < limit) & (common_counts >= limit)
 
@@ -101,9 +104,9 @@ def revived(counts: Tensor, sums: Tensor, key: int) -> tuple[Tensor, Tensor]:
     rare_rows, common_rows = (i[..., None].expand(-1, -1, -1, size) for i in (rare, common))
     rare_sums, common_sums = sums.gather(2, rare_rows), sums.gather(2, common_rows)
     entries = centroids(counts, sums, torch.zeros_like(sums))
-    rms = entries.square().mean((2, 3), keepdim=True).sqrt()
+    largest = entries.abs().amax((2, 3), keepdim=True)
     noise = uniform(key, common_sums.numel(), sums.device).view_as(common_sums)
-    moved = common_sums / 2 + counts_half[..., None] * (2 * noise - 1) * _NUDGE * rms
+    moved = common_sums / 2 + counts_half[..., None] * (2 * noise - 1) * _NUDGE * largest
     new_sums = sums.scatter(2, rare_rows, torch.where(due[..., None], moved, rare_sums))
     halved = torch.where(due[..., None], common_sums / 2, common_sums)
     new_sums.scatter_(2, common_rows, halved)
@@ -120,5 +123,10 @@ def usage(counts: Tensor) -> dict[str, float]:
     """
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=_NO_COUNT)
     entropy = torch.special.entr(shares).sum(-1)
-    dead = counts < DEAD * counts.mean(-1, keepdim=True)
+    dead = counts < _dead_below(counts)
     return {"perplexity": float(entropy.exp().mean()), "dead": float(dead.float().mean())}
+
+
+def _dead_below(counts: Tensor) -> Tensor:
+    """[G, R, 1] fp64, where rounding is far too small to tell two processes apart."""
+    return DEAD * counts.double().mean(-1, keepdim=True)

@@ -52,7 +52,7 @@ class Rotated(Codec):
     def _transform(self, rows: Tensor) -> Tensor:
         """H x for each row; its own inverse. Sums of pairs alone, so all devices agree."""
         # Not divided: CUDA divides by a host number otherwise than the CPU.
-        x = (rows * (1 / math.sqrt(self.block))).view(-1, self.block)
+        x = (rows * (1 / math.sqrt(self.block))).reshape(-1, self.block)
         half = 1
         while half < self.block:
             left, right = x.view(-1, self.block // (2 * half), 2, half).unbind(2)

@@ -37,8 +37,8 @@ class ScaledCodec(Codec):
         role: what is carried.
         width: w.
         group_size: numbers that share a scale, at least 1.
-        seed: of stochastic rounding; only the sending end uses it. Processes that send at the same
-            time had better have different ones.
+        seed: of stochastic rounding; only the sending end uses it. Each sending process needs one
+            of its own, or their errors would be alike and not average out.
 
     Raises:
         ValueError: group_size below 1.
@@ -51,7 +51,7 @@ class ScaledCodec(Codec):
         super().__init__()
         if group_size < 1:
             raise ValueError(
-                f"--mapl-group-size {group_size}: a group has at least 1 number; 64 is usual"
+                f"--mapl-codec-group-size {group_size} must be at least 1; 64 is usual"
             )
         self.role, self.width, self.seed = role, width, seed
         self.group_size = min(group_size, width)
@@ -110,7 +110,7 @@ class ScaledCodec(Codec):
     def _group_max(self, rows: Tensor) -> Tensor:
         """max |x| of each group, [n, groups]; NaN or inf if the group holds one."""
         padded = F.pad(rows.abs(), (0, self.groups * self.group_size - self.width))
-        return padded.view(-1, self.groups, self.group_size).amax(2)
+        return padded.reshape(-1, self.groups, self.group_size).amax(2)
 
     def _spread(self, scales: Tensor) -> Tensor:
         """The scale of each number, fp32 or wider [n, w], from that of each group [n, groups]."""
