@@ -85,7 +85,11 @@ class LinkClock:
 
 
 class EmulatedLink:
-    """One direction of one link, as one of its senders sees it."""
+    """One direction of one link, as one of its senders sees it.
+
+    Attributes:
+        latency: seconds, one way.
+    """
 
     def __init__(
         self,
@@ -112,7 +116,7 @@ class EmulatedLink:
         if not 0 <= latency_ms < float("inf"):
             raise ValueError(f"the latency of a link must be 0 or more, got {latency_ms} ms")
         self._seconds_a_byte = 0.0 if bandwidth_mbit is None else 8e-6 / bandwidth_mbit
-        self._latency = latency_ms / 1e3
+        self.latency = latency_ms / 1e3
         self._clock = clock
         self._now = now
 
@@ -120,14 +124,16 @@ class EmulatedLink:
         """How long the link takes to pass `nbytes`: 8 n / bandwidth."""
         return nbytes * self._seconds_a_byte
 
-    def schedule(self, nbytes: int) -> tuple[float, float]:
-        """Reserves the link for a message of `nbytes` that is handed over now.
+    def schedule(self, nbytes: int, when: float | None = None) -> tuple[float, float]:
+        """Reserves the link for a message of `nbytes` that may start at `when`, by default now.
 
         Returns:
             (leaves_at, arrives_at): when its last byte leaves, and when it arrives, in seconds.
         """
-        _, leaves_at = self._clock.reserve(self.seconds(nbytes), self._now())
-        return leaves_at, leaves_at + self._latency
+        _, leaves_at = self._clock.reserve(
+            self.seconds(nbytes), self._now() if when is None else when
+        )
+        return leaves_at, leaves_at + self.latency
 
 
 def sleep_until(when: float) -> None:
@@ -201,6 +207,15 @@ class DelayedSender:
         delivery.settled.wait()
         self.raise_if_failed()
 
+    def fail(self, error: Exception) -> None:
+        """Has every later call raise `error`, unless something has failed before."""
+        self._failure = self._failure or error
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything has failed."""
+        return self._failure is not None
+
     def raise_if_failed(self) -> None:
         """
         Raises:
@@ -229,7 +244,7 @@ class DelayedSender:
                 try:
                     self._under_way.put((delivery, delivery.start()))
                 except Exception as error:
-                    self._failure = self._failure or error
+                    self.fail(error)
             delivery.settled.set()
 
     def _wait_until_done(self) -> None:
@@ -237,4 +252,4 @@ class DelayedSender:
             try:
                 transfer[1].wait()
             except Exception as error:
-                self._failure = self._failure or error
+                self.fail(error)

@@ -6,31 +6,30 @@ the message goes over the real connection, which must be several times as fast. 
 stage on one host share the host's links: all that they send to the next stage takes one direction
 of one link. In a pipeline of two stages the next stage is the previous one too, by the same link.
 
-As with a socket, a send is over when its last byte has left, whether or not anybody receives yet.
-Only for gloo and for tensors on the CPU.
+As with gloo, a message waits for its receiver: see `megatron.mapl.emulated_connection`. Only for
+gloo and for tensors on the CPU.
 """
 
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication
+from torch.distributed.constants import default_pg_timeout
 
-from mapl.link import DelayedSender, Delivery, EmulatedLink, LinkClock, sleep_until
+from mapl.link import EmulatedLink, LinkClock
+from megatron.mapl.emulated_connection import EmulatedConnection
 from megatron.mapl.patching import replace
 
 Direction = Literal["next", "prev"]
 
-#: Bytes that any real connection passes in a fraction of a millisecond.
-_SMALL = 32 * 1024
 #: Python's default of 5 ms is how long a computing thread may keep a sending one from its work.
 _SWITCH_SECONDS = 2e-4
 
@@ -75,16 +74,12 @@ def transfer(operations: Sequence[Operation], emulation: "LinkEmulation | None")
 class LinkEmulation:
     """The links over which this process sends: `start` on all processes, `install`, `close`."""
 
-    def __init__(self, links: "dict[Direction, _Outgoing]", groups: tuple[Any, Any]) -> None:
+    def __init__(self, connections: dict[Direction, EmulatedConnection]) -> None:
         """
         Args:
-            links: to the next and to the previous stage; one object if that is one stage.
-            groups: process groups of all processes, for messages to lower and to higher ranks. Each
-                has connections of its own: gloo's threads spin on a connection that sends and
-                receives at the same time, for a whole time slice of the kernel.
+            connections: to the next and to the previous stage; one object if that is one stage.
         """
-        self._links = links
-        self._groups = groups
+        self._connections = connections
         self._replaced: dict[str, Any] = {}
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(_SWITCH_SECONDS, self._switch_seconds))
@@ -97,7 +92,7 @@ class LinkEmulation:
         latency_ms: float,
         stage: int,
         stages: int,
-        timeout: timedelta | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> "LinkEmulation":
         """Finds out who shares a link with whom; all processes call it, after `init_process_group`.
 
@@ -106,7 +101,7 @@ class LinkEmulation:
             latency_ms: milliseconds, one way.
             stage: this process's place in the pipeline.
             stages: how many there are.
-            timeout: how long a message may wait for its receiver; default: torch's for gloo.
+            timeout: how long a message may wait for its receiver.
 
         Raises:
             ValueError: a setting out of range, or a backend that is not gloo.
@@ -118,17 +113,15 @@ class LinkEmulation:
                 "--mapl-emulate-bandwidth and --mapl-emulate-latency work with "
                 f"--distributed-backend gloo alone, not with {dist.get_backend()}"
             )
-        links: dict[int, _Outgoing] = {}
+        groups = (dist.new_group(timeout=timeout), dist.new_group(timeout=timeout))
+        connections: dict[int, EmulatedConnection] = {}
         neighbours = _neighbours(stage, stages)
         for neighbour in dict.fromkeys(neighbours.values()):
             clock = _shared_clock(stage)
             link = EmulatedLink(bandwidth_mbit, latency_ms, clock)
-            sender = DelayedSender(f"emulated link from stage {stage} to stage {neighbour}")
-            links[neighbour] = _Outgoing(link, sender, clock)
-        return cls(
-            {direction: links[neighbour] for direction, neighbour in neighbours.items()},
-            (dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)),
-        )
+            name = f"emulated link from stage {stage} to stage {neighbour}"
+            connections[neighbour] = EmulatedConnection(name, link, clock, groups, timeout)
+        return cls({direction: connections[stage] for direction, stage in neighbours.items()})
 
     def install(self) -> None:
         """Has Megatron's communicators use the links, until `close`.
@@ -154,8 +147,8 @@ class LinkEmulation:
         while self._replaced:
             replace(p2p_communication, *self._replaced.popitem())
         with ExitStack() as closing:  # all of them, even if one raises
-            for link in set(self._links.values()):
-                closing.callback(link.close)
+            for connection in set(self._connections.values()):
+                closing.callback(connection.close)
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
         """Starts to send and receive; the caller may free or change what it sends at once.
@@ -169,13 +162,12 @@ class LinkEmulation:
             RuntimeError: an earlier send over the same link failed.
             ValueError: a tensor is not on the CPU.
         """
-        rank = dist.get_rank()
-        return [
-            self._links[op.direction].send(op.tensor, op.peer, self._groups[rank < op.peer])
-            if op.kind == "send"
-            else _Receiving(op.tensor, op.peer, self._groups[op.peer < rank])
-            for op in operations
-        ]
+        works: list[Any] = []
+        for op in operations:
+            connection = self._connections[op.direction]
+            start = connection.send if op.kind == "send" else connection.receive
+            works.append(start(op.tensor, op.peer))
+        return works
 
     def _p2p_ops(
         self,
@@ -216,80 +208,6 @@ class LinkEmulation:
     def _batched_p2p_ops(self, **arguments: Any) -> list[Any]:
         """Megatron's function of that name."""
         return list(self._p2p_ops(**arguments).values())
-
-
-class _Outgoing:
-    """One link as this process sends over it."""
-
-    def __init__(self, link: EmulatedLink, sender: DelayedSender, clock: LinkClock) -> None:
-        self._link, self._sender, self._clock = link, sender, clock
-
-    def send(self, tensor: torch.Tensor, peer: int, group: Any) -> "_Sending":
-        size = tensor.nbytes
-        leaves_at, arrives_at = self._link.schedule(size)
-        # A copy, since the last byte leaves, and `wait()` returns, before the real transfer starts.
-        data = _bytes_of(tensor).clone()
-        for begin, end in _pieces(size):
-            start: Any = partial(dist.isend, data[begin:end], peer, group)
-            last = self._sender.submit(arrives_at - self._link.seconds(size - end), start)
-        return _Sending(self._sender, leaves_at, last)
-
-    def close(self) -> None:
-        try:
-            self._sender.close()
-        finally:
-            self._clock.close()
-
-
-class _Sending:
-    """A send under way, in place of a `torch.distributed.Work`."""
-
-    def __init__(self, sender: DelayedSender, leaves_at: float, last: Delivery) -> None:
-        self._sender, self._leaves_at, self._last = sender, leaves_at, last
-
-    def wait(self) -> bool:
-        sleep_until(self._leaves_at)
-        if self._last.due <= self._leaves_at:
-            self._sender.wait_for_start(self._last)
-        self._sender.raise_if_failed()
-        return True
-
-
-class _Receiving:
-    """A receive under way: posted at once, in the pieces in which it is sent."""
-
-    def __init__(self, tensor: torch.Tensor, peer: int, group: Any) -> None:
-        data = _bytes_of(tensor)
-        self._works: list[Any] = [
-            dist.irecv(data[begin:end], peer, group) for begin, end in _pieces(len(data))
-        ]
-
-    def wait(self) -> bool:
-        while self._works:
-            self._works.pop(0).wait()
-        return True
-
-
-def _pieces(size: int) -> Iterator[tuple[int, int]]:
-    """How `size` bytes are cut: begin and end of each piece, by one rule for both sides.
-
-    If all of a message began its way over the real connection when its last byte is due, it would
-    arrive too late by the time of that way. So its first half goes when the last byte of that half
-    is due, then half of the rest, and so on, until what is left takes no time worth mentioning.
-    """
-    begin = 0
-    while size - begin > _SMALL:
-        end = begin + (size - begin) // 2
-        yield begin, end
-        begin = end
-    yield begin, size
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, [n] uint8, in its memory."""
-    if not tensor.is_cpu:
-        raise ValueError(f"an emulated link carries tensors on the CPU, not on {tensor.device}")
-    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _neighbours(stage: int, stages: int) -> dict[Direction, int]:
