@@ -13,10 +13,10 @@ A send is over when its last byte has left, a receive when it has arrived.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -37,9 +37,7 @@ _FOREVER = timedelta(days=365)
 class EmulatedConnection:
     """What this process exchanges with one process of a neighbouring stage.
 
-    One thread takes the messages in the order of their hand-over, waits until the receiver of each
-    is ready, and has them sent when the link would have passed them; another one hears the words of
-    the receiver, and when.
+    A thread hears the peer's words. The n-th word that it is ready starts the n-th message.
     """
 
     def __init__(
@@ -63,12 +61,11 @@ class EmulatedConnection:
         self._timeout = timeout
         self._link, self._clock, self._groups = link, clock, groups
         self._sender = DelayedSender(name)
-        self._handed_over: SimpleQueue[Sending | None] = SimpleQueue()
-        self._ready_at: SimpleQueue[float] = SimpleQueue()
-        self._received_from: int | None = None
-        self._scheduling = threading.Thread(target=self._schedule, name=name, daemon=True)
-        self._scheduling.start()
+        self._lock = threading.Lock()
+        self._waiting: deque[Sending] = deque()  # for a word that the peer is ready
+        self._ready_at: deque[float] = deque()  # words that wait for a message
         self._hearing: threading.Thread | None = None  # since the first message
+        self._received_from: int | None = None
 
     def send(self, tensor: torch.Tensor, peer: int) -> "Sending":
         """Starts to send a contiguous tensor to global rank `peer`, which may change afterwards.
@@ -77,13 +74,15 @@ class EmulatedConnection:
             RuntimeError: an earlier send failed.
             ValueError: the tensor is not on the CPU.
         """
-        self._sender.raise_if_failed()
         # A copy, since the last byte leaves, and `wait()` returns, before the real transfer starts.
         sending = Sending(self._sender, _bytes_of(tensor).clone(), peer, self._timeout)
         if self._hearing is None:
             self._hearing = threading.Thread(target=self._hear, args=(peer,), daemon=True)
             self._hearing.start()
-        self._handed_over.put(sending)
+        with self._lock:
+            self._sender.raise_if_failed()
+            self._waiting.append(sending)
+            self._start_what_can()
         return sending
 
     def receive(self, tensor: torch.Tensor, peer: int) -> "Receiving":
@@ -105,8 +104,6 @@ class EmulatedConnection:
         Raises:
             RuntimeError: a send failed.
         """
-        self._handed_over.put(None)
-        self._scheduling.join()
         try:
             if self._received_from is not None:
                 self._say(_END, self._received_from, time.monotonic())
@@ -128,37 +125,38 @@ class EmulatedConnection:
         self._sender.submit(when, say)
 
     def _hear(self, peer: int) -> None:
-        """Runs in a thread until the peer closes its side."""
+        """Runs in a thread until the peer closes its side, or a transfer fails."""
         word = torch.empty(_WORD_BYTES, dtype=torch.uint8)
-        while True:
-            try:
+        try:
+            while True:
                 work: Any = dist.irecv(word, peer, self._from(peer), _WORD)
                 work.wait(_FOREVER)
-            except Exception as error:  # raised where a message is waited for
-                self._sender.fail(error)
-            now = time.monotonic()
-            self._ready_at.put(now)
-            if self._sender.failed or word[0] == _END:
-                return
+                with self._lock:
+                    if word[0] == _END:
+                        break
+                    self._ready_at.append(time.monotonic())
+                    self._start_what_can()
+            if self._waiting:
+                raise ConnectionError(f"rank {peer} ended before it had received everything")
+        except Exception as error:  # raised where a message is waited for
+            self._sender.fail(error)
+            with self._lock:
+                for sending in self._waiting:
+                    sending.settled.set()
 
-    def _schedule(self) -> None:
-        """Runs in a thread until `close`."""
-        while (sending := self._handed_over.get()) is not None:
-            try:
-                self._sender.raise_if_failed()
-                ready_at = self._ready_at.get()
-                self._schedule_one(sending, max(ready_at, sending.handed_over_at))
-            except Exception as error:  # raised where a message is waited for
-                self._sender.fail(error)
+    def _start_what_can(self) -> None:
+        """With the lock: schedules the messages whose receiver is ready, at once if it has been."""
+        while self._waiting and self._ready_at:
+            sending = self._waiting[0]
+            start = max(self._ready_at.popleft(), sending.handed_over_at)
+            data, peer = sending.data, sending.peer
+            leaves_at, arrives_at = self._link.schedule(len(data), start)
+            for begin, end in _pieces(len(data)):
+                due = arrives_at - self._link.seconds(len(data) - end)
+                send: Any = partial(dist.isend, data[begin:end], peer, self._to(peer), _MESSAGE)
+                sending.scheduled(leaves_at, self._sender.submit(due, send))
             sending.settled.set()
-
-    def _schedule_one(self, sending: "Sending", start: float) -> None:
-        data, peer = sending.data, sending.peer
-        leaves_at, arrives_at = self._link.schedule(len(data), start)
-        for begin, end in _pieces(len(data)):
-            due = arrives_at - self._link.seconds(len(data) - end)
-            send: Any = partial(dist.isend, data[begin:end], peer, self._to(peer), _MESSAGE)
-            sending.scheduled(leaves_at, self._sender.submit(due, send))
+            self._waiting.popleft()
 
 
 class Sending:
