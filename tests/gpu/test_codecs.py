@@ -12,24 +12,21 @@ from mapl.codecs import CODECS, Codec, CodecSettings, ResidualVQCodec, Role, bui
 from mapl.codecs.bits import pack_bits, unpack_bits
 from mapl.codecs.codebook_stream import CodebookStream
 from mapl.codecs.counter_random import gaussian, hash64, uniform
-from mapl.codecs.hadamard import Rotated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [7, 65, 256]
-NAMES = [*CODECS, "rotated int4"]
 ROWS = 130
 
-every_codec = pytest.mark.parametrize("name", NAMES)
+every_codec = pytest.mark.parametrize("name", CODECS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_role = pytest.mark.parametrize("role", Role)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, device: str, **more) -> Codec:
-    inner = name.removeprefix("rotated ")
     codec = build_codec(
-        inner,
+        name,
         role=role,
         width=width,
         dtype=dtype,
@@ -37,7 +34,7 @@ def build(name: str, role: Role, width: int, dtype: torch.dtype, device: str, **
         settings=CodecSettings(rvq_order=more.pop("order", "round-robin")),
         **more,
     )
-    return (codec if inner == name else Rotated(codec, width, seed=6)).to(device)
+    return codec.to(device)
 
 
 def sample(width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -83,7 +80,7 @@ def test_what_the_cpu_encodes_the_gpu_decodes_alike(name, role, dtype, width):
     assert same(*outs)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "rvq"])
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "rvq"])
 @every_role
 @every_dtype
 @pytest.mark.parametrize("width", WIDTHS)

@@ -71,9 +71,7 @@ def test_projector_stays_on_the_manifold() -> None:
 
 def test_payload_errors_are_read_once_a_step() -> None:
     layout = PayloadLayout(5, Direction.BACKWARD, vocab_size=2**16)
-    ends = [
-        Channel(layout, 8, DtypeCodec(torch.bfloat16, 8), carries_ids=True) for _ in range(2)
-    ]
+    ends = [Channel(layout, 8, DtypeCodec(torch.bfloat16, 8), carries_ids=True) for _ in range(2)]
     guard, ledger = PayloadGuard(), Ledger()
     latent = torch.randn(4, 2, 8, device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(0, 65536, (4, 2), device="cuda")

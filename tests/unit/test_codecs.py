@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codecs: one suite over all of them, then what the simple ones do alone."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -10,26 +9,20 @@ from torch import Tensor
 
 from mapl.codecs import CODECS, Codec, CodecSettings, DtypeCodec, Role, build_codec
 from mapl.codecs.casting import bf16_nearest, bf16_up
-from mapl.codecs.hadamard import Rotated
 from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 28, 64, 65, 128]
-NAMES = [*CODECS, "rotated int4"]
 SCALED = {"fp8": Fp8Codec, "int8": Int8Codec, "int4": Int4Codec}
 SETTINGS = CodecSettings(rvq_codes=16, rvq_rounds=2)
 
-every_codec = pytest.mark.parametrize("name", NAMES)
+every_codec = pytest.mark.parametrize("name", CODECS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_role = pytest.mark.parametrize("role", Role)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, **more) -> Codec:
-    inner = name.removeprefix("rotated ")
-    codec = build_codec(
-        inner, role=role, width=width, dtype=dtype, seed=5, settings=SETTINGS, **more
-    )
-    return codec if inner == name else Rotated(codec, width, seed=6)
+    return build_codec(name, role=role, width=width, dtype=dtype, seed=5, settings=SETTINGS, **more)
 
 
 def pair(name: str, role: Role, width: int, dtype: torch.dtype) -> tuple[Codec, Codec]:
@@ -51,26 +44,9 @@ def there_and_back(sender: Codec, receiver: Codec, rows: Tensor, number: int = 0
     return out
 
 
-def rotation(codec: Rotated) -> Tensor:
-    """Q of `Rotated` as a dense matrix [w, w] in fp64, from the recursion H → [[H, H], [H, −H]]."""
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < codec.block:
-        hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), hadamard)
-    hadamard /= math.sqrt(codec.block)
-    blocks = torch.block_diag(*[hadamard] * (codec.width // codec.block))
-    return blocks * codec.signs.double()
-
-
 def bound(codec: Codec, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """What the codec states, and the rounding of the receiving dtype: fp64 [n, w]."""
-    if isinstance(codec, Rotated):
-        rotated = rows.double() @ rotation(codec).T
-        inner = codec.codec.error_bound(rotated)
-        blocks = (inner.view(len(rows), -1, codec.block), rows.double().view_as(inner))
-        size = blocks[1].view_as(blocks[0]).norm(dim=2)
-        stated = (blocks[0].norm(dim=2) + 1e-5 * size).repeat_interleave(codec.block, 1)
-    else:
-        stated = codec.error_bound(rows)
+    stated = codec.error_bound(rows)
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     rounding = (rows.double().abs() + stated) * limits.eps / 2 + smallest / 2
@@ -103,9 +79,7 @@ def test_bytes_are_as_declared_and_errors_within_the_bound(name, role, dtype, wi
             assert (error <= limits).all(), float((error - limits).max())
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("fp8", 0.04), ("int8", 0.01), ("int4", 0.16), ("rotated int4", 0.16)]
-)
+@pytest.mark.parametrize(("name", "share"), [("fp8", 0.04), ("int8", 0.01), ("int4", 0.16)])
 @every_role
 @every_dtype
 def test_the_error_is_as_small_as_the_bits_allow(name, share, role, dtype):
@@ -125,7 +99,7 @@ def test_the_same_input_and_number_give_the_same_bytes(name, role, dtype):
     first, second = (build(name, role, 28, dtype) for _ in range(2))
     bodies = [first.encode(rows, 3), first.encode(rows, 3), second.encode(rows, 3)]
     assert torch.equal(bodies[0], bodies[1]) and torch.equal(bodies[0], bodies[2])
-    random = name in ("int8", "int4", "rotated int4") and role is Role.GRADIENT
+    random = name in ("int8", "int4") and role is Role.GRADIENT
     if name != "rvq":
         assert torch.equal(bodies[0], second.encode(rows, 4)) != random
 
@@ -147,8 +121,6 @@ def test_what_is_not_finite_arrives_as_nan(name, role, dtype, value):
     if name == "rvq":
         spoilt[1] = True
     else:
-        # A rotation spreads it over its block, 64 … 95, the codec over the group, 64 … 127, and the
-        # way back over that group's blocks.
         spoilt[1, 64:128] = True
     assert torch.equal(out.isnan(), spoilt)
     assert out[~spoilt].isfinite().all()
@@ -172,8 +144,6 @@ def test_extreme_magnitudes_stay_finite_and_within_the_bound(name, role, dtype):
     shape = sample(4, 65, torch.float32).clamp(-1, 1)
     shape[0] = 1  # all at the limit
     for number, size in enumerate(MAGNITUDES[dtype]):
-        # Sums over a rotated block need room.
-        size = min(size, 1e30) if name.startswith("rotated") else size
         rows = (shape * size).to(dtype)
         rows[3, ::2] = 1.0  # beside ordinary numbers
         assert rows.isfinite().all()
@@ -251,7 +221,7 @@ def test_a_cast_of_the_model_changes_nothing(name, cast):
 
 
 def test_only_codebooks_have_a_state():
-    for name in NAMES:
+    for name in CODECS:
         state = build(name, Role.ACTIVATION, 64, torch.float32).state_dict()
         assert bool(state) == (name == "rvq")
 
@@ -386,36 +356,3 @@ def test_casts_to_bf16(cast: Callable[[Tensor], Tensor], check: Callable[[Tensor
     special = cast(torch.tensor([0.0, float("inf"), float("nan")]))
     assert bf16_steps(special).tolist() == [0, 0x7FC0, 0x7FC0]
     assert cast(torch.tensor(torch.finfo(torch.float32).max)).isfinite()
-
-
-# --- rotation -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("width", "block"), [(1, 1), (7, 1), (28, 4), (64, 64), (65, 1), (128, 128), (96, 32)]
-)
-def test_rotation_is_orthonormal_and_undone(width, block):
-    codec = Rotated(DtypeCodec(torch.float32, width), width, seed=3)
-    assert codec.block == block
-    matrix = rotation(codec)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
-    rows = sample(4, width, torch.float32)
-    sent = codec.encode(rows, 0).view(torch.float32).view(4, width)
-    torch.testing.assert_close(sent.double(), rows.double() @ matrix.T, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(there_and_back(codec, codec, rows), rows, rtol=1e-5, atol=1e-5)
-
-
-def test_signs_come_from_the_seed():
-    signs = [Rotated(DtypeCodec(torch.float32, 512), 512, seed).signs for seed in (0, 0, 1)]
-    assert torch.equal(signs[0], signs[1]) and set(signs[0].tolist()) == {-1.0, 1.0}
-    assert abs(float(signs[0].mean())) < 0.2 and abs(float((signs[0] * signs[2]).mean())) < 0.2
-
-
-def test_rotation_helps_where_a_few_numbers_stand_out():
-    rows = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    rows[:, ::32] *= 30
-    error = {}
-    for name in ("int4", "rotated int4"):
-        out = there_and_back(*pair(name, Role.ACTIVATION, 128, torch.float32), rows)
-        error[name] = float((out - rows).norm())
-    assert error["rotated int4"] < 0.7 * error["int4"]

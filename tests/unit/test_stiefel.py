@@ -191,7 +191,5 @@ def test_check():
 
 def test_a_smaller_rank_from_the_same_seed_spans_a_part_of_a_larger_one() -> None:
     """Boundaries of different ranks start from nested subspaces."""
-    small, large = (
-        random_stiefel(64, rank, torch.Generator().manual_seed(3)) for rank in (8, 24)
-    )
+    small, large = (random_stiefel(64, rank, torch.Generator().manual_seed(3)) for rank in (8, 24))
     assert (large @ (large.T @ small) - small).abs().max() < 1e-6
