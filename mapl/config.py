@@ -107,12 +107,12 @@ class MaplConfig:
     def __post_init__(self) -> None:
         if not self.rank or min(self.rank) < 0:
             raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)}: a rank is a positive number of dimensions, or "
+                f"--mapl-rank {spaced(self.rank)}: a rank is a positive number of dimensions, or "
                 "0 to leave a boundary uncompressed"
             )
         if max(self.rank) == 0:
             raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)} compresses nothing; give a positive rank, or "
+                f"--mapl-rank {spaced(self.rank)} compresses nothing; give a positive rank, or "
                 "leave --mapl-rank out for plain Megatron"
             )
         if self.anchor_rank is not None:
@@ -192,71 +192,6 @@ class MaplConfig:
         }
         return CodecSettings(**{name: value for name, value in given.items() if value is not None})
 
-    def plan(self, *, hidden_size: int, boundaries: int, shards: int = 1) -> "BoundaryPlan":
-        """Settles the ranks and codecs for a model.
-
-        Args:
-            hidden_size: d, the width of the activations.
-            boundaries: how many pairs of neighbouring stages there are.
-            shards: how many tensor-parallel ranks send a part of one micro-batch each.
-
-        Raises:
-            ValueError: the ranks do not fit the model or the pipeline.
-        """
-        if boundaries < 1:
-            raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)}: a pipeline of one stage has no boundary to "
-                "compress; use --pipeline-model-parallel-size 2 or more, or leave --mapl-rank out"
-            )
-        if len(self.rank) not in (1, boundaries):
-            raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)} gives {len(self.rank)} ranks for {boundaries} "
-                f"boundaries; give one rank for all of them or {boundaries} ranks"
-            )
-        if max(self.rank) > hidden_size:
-            raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)} exceeds --hidden-size {hidden_size}; a rank is "
-                f"at most {hidden_size}"
-            )
-        ranks = self.rank * boundaries if len(self.rank) == 1 else self.rank
-        if self.projector == "none" and not {*ranks} <= {0, hidden_size}:
-            raise ValueError(
-                f"--mapl-rank {_spaced(self.rank)} with --mapl-projector none: without a projector "
-                f"all numbers cross; give the --hidden-size, {hidden_size}, or 0"
-            )
-        anchor_rank = self.anchor_rank if self.anchor_rank is not None else max(1, hidden_size // 4)
-        if anchor_rank > hidden_size:
-            raise ValueError(
-                f"--mapl-anchor-rank {anchor_rank} exceeds --hidden-size {hidden_size}; it is at "
-                f"most {hidden_size}"
-            )
-        plan = BoundaryPlan(
-            hidden_size=hidden_size,
-            ranks=tuple(ranks),
-            anchor_rank=anchor_rank,
-            forward_codecs=_each(self.forward_codec, "--mapl-forward-codec", ranks),
-            backward_codecs=_each(self.backward_codec, "--mapl-backward-codec", ranks),
-        )
-        for boundary in range(boundaries):
-            if "rvq" in (plan.forward_codecs[boundary], plan.backward_codecs[boundary]):
-                check_rvq(self.codec_settings, width=plan.width(boundary), shards=shards)
-        return plan
-
-
-@dataclass(frozen=True)
-class BoundaryPlan:
-    """The ranks and codecs of one model's boundaries, in pipeline order."""
-
-    hidden_size: int
-    ranks: tuple[int, ...]
-    anchor_rank: int
-    forward_codecs: tuple[CodecName, ...]
-    backward_codecs: tuple[CodecName, ...]
-
-    def width(self, boundary: int) -> int:
-        """How many numbers a token has on the wire at `boundary`: r, or d if uncompressed."""
-        return self.ranks[boundary] or self.hidden_size
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmulationConfig:
@@ -287,27 +222,6 @@ class EmulationConfig:
             )
 
 
-def _each(codecs: list[CodecName], flag: str, ranks: list[int]) -> tuple[CodecName, ...]:
-    """One codec for each boundary.
-
-    Raises:
-        ValueError: their number does not fit, or one is named for an uncompressed boundary.
-    """
-    if len(codecs) == 1:
-        return tuple(codecs[0] if rank else "pipeline" for rank in ranks)
-    if len(codecs) != len(ranks):
-        raise ValueError(
-            f"{flag} {_spaced(codecs)} gives {len(codecs)} codecs for {len(ranks)} boundaries; "
-            f"give one codec for all of them or {len(ranks)} codecs"
-        )
-    for boundary, (codec, rank) in enumerate(zip(codecs, ranks, strict=True)):
-        if not rank and codec != "pipeline":
-            raise ValueError(
-                f"{flag} {_spaced(codecs)} names {codec} for boundary {boundary}, which "
-                "--mapl-rank 0 leaves uncompressed; name pipeline there, or give it a rank"
-            )
-    return tuple(codecs)
-
-
-def _spaced(values: Sequence[object]) -> str:
+def spaced(values: Sequence[object]) -> str:
+    """As they stand on a command line."""
     return " ".join(map(str, values))

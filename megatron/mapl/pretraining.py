@@ -31,6 +31,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from mapl.config import EmulationConfig
+from mapl.plan import plan_boundaries
 from mapl.token_ids import id_size
 from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
 from megatron.mapl.emulation import LinkEmulation
@@ -180,7 +181,8 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
     virtual = args.virtual_pipeline_model_parallel_size or 1
     runtime = MaplRuntime(
         config=config,
-        plan=config.plan(
+        plan=plan_boundaries(
+            config,
             hidden_size=args.hidden_size,
             boundaries=0 if pipeline == 1 else pipeline * virtual - 1,
             shards=arguments.split_ranks(args, config),

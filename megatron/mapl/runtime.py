@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mapl.config import BoundaryPlan, MaplConfig
+from mapl.config import MaplConfig
 from mapl.payload_guard import PayloadGuard
+from mapl.plan import BoundaryPlan
 from mapl.traffic import Ledger
 
 if TYPE_CHECKING:

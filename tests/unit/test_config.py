@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mapl.config import EmulationConfig, MaplConfig
+from mapl.plan import plan_boundaries
 
 
 @pytest.mark.parametrize(
@@ -95,33 +96,35 @@ def test_settings_that_do_not_fit_the_model(
     settings: dict[str, Any], boundaries: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        MaplConfig(**settings).plan(hidden_size=64, boundaries=boundaries)
+        plan_boundaries(MaplConfig(**settings), hidden_size=64, boundaries=boundaries)
 
 
 def test_one_rank_serves_all_boundaries_and_a_list_each_its_own() -> None:
-    plan = MaplConfig(rank=[8]).plan(hidden_size=64, boundaries=3)
+    plan = plan_boundaries(MaplConfig(rank=[8]), hidden_size=64, boundaries=3)
     assert plan.ranks == (8, 8, 8) and plan.anchor_rank == 16
-    plan = MaplConfig(rank=[8, 0, 64], anchor_rank=32).plan(hidden_size=64, boundaries=3)
+    plan = plan_boundaries(
+        MaplConfig(rank=[8, 0, 64], anchor_rank=32), hidden_size=64, boundaries=3
+    )
     assert plan.ranks == (8, 0, 64) and plan.anchor_rank == 32
     assert [plan.width(boundary) for boundary in range(3)] == [8, 64, 64]
 
 
 def test_one_codec_serves_all_compressed_boundaries_and_a_list_each_its_own() -> None:
     config = MaplConfig(rank=[8, 0, 8], forward_codec=["int4"], backward_codec=["rvq"])
-    plan = config.plan(hidden_size=64, boundaries=3)
+    plan = plan_boundaries(config, hidden_size=64, boundaries=3)
     assert plan.forward_codecs == ("int4", "pipeline", "int4")
     assert plan.backward_codecs == ("rvq", "pipeline", "rvq")
     config = MaplConfig(rank=[8], forward_codec=["int4", "pipeline", "int8"])
-    plan = config.plan(hidden_size=64, boundaries=3)
+    plan = plan_boundaries(config, hidden_size=64, boundaries=3)
     assert plan.forward_codecs == ("int4", "pipeline", "int8")
 
 
 def test_shares_of_entries_must_fit_the_codebook() -> None:
     """Known before the model is built."""
     config = MaplConfig(rank=[8], forward_codec=["rvq"], rvq_codes=4, rvq_sync_entries=2)
-    config.plan(hidden_size=64, boundaries=1, shards=2)
+    plan_boundaries(config, hidden_size=64, boundaries=1, shards=2)
     with pytest.raises(ValueError, match="--mapl-rvq-sync-entries 2: 4 processes"):
-        config.plan(hidden_size=64, boundaries=1, shards=4)
+        plan_boundaries(config, hidden_size=64, boundaries=1, shards=4)
 
 
 @pytest.mark.parametrize(
