@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small LLaMA on this machine's CPU twice, without and with MAPL, and compare the two.
+"""Train a small LLaMA on this machine's CPU, without and with MAPL, and compare.
+
+    python tools/demo.py [--mapl-flags "--mapl-rank 64" --mapl-flags "--mapl-rank 64 ..." ...]
 
 1. Turns Python's standard library into a dataset (kept for the next time).
 2. Trains a LLaMA over four pipeline stages, each a process of its own, plainly.
-3. Trains it again with the same flags and `--mapl-rank`.
+3. Trains it again with the same flags and those of MAPL, once for each `--mapl-flags`.
 4. Prints and writes what both lost and learned: demo.md, demo.json, demo.png.
 """
 
@@ -58,8 +60,8 @@ class DemoError(RuntimeError):
     """A part of the demo failed; the message says which, and shows why."""
 
 
-def demo(output: Path, steps: int) -> None:
-    """Prepare, train twice, compare.
+def demo(output: Path, steps: int, settings: Sequence[str]) -> None:
+    """Prepare, train plainly and with each of the settings, compare.
 
     Raises:
         DemoError: a training or the preparation failed.
@@ -67,22 +69,26 @@ def demo(output: Path, steps: int) -> None:
     start = time.monotonic()
     data = prepare(output / "data" / "stdlib")
     flags = f"{MODEL} {TRAINING} --train-iters {steps} --eval-interval {steps // 4 + 1}".split()
-    plain = train("uncompressed", [*flags, *data], steps, output)
-    report = output / "mapl"
-    mapl = train("MAPL", [*flags, *data, *MAPL.split(), "--mapl-report-dir", str(report)],
-                 steps, output)  # fmt: skip
-    counted = load(report)
-    # Plain Megatron counts nothing; the other run has counted what the same micro-batches take.
-    runs = [
-        dataclasses.replace(plain, traffic=counted.uncompressed, uncompressed=counted.uncompressed),
-        dataclasses.replace(
-            mapl,
-            traffic=counted.traffic,
-            uncompressed=counted.uncompressed,
-            communicating=counted.communicating,
-        ),
-    ]
-    publish(runs, flags, output)
+    plain = train("uncompressed", [*flags, *data], steps, output / "uncompressed.log")
+    runs = []
+    for number, setting in enumerate(settings, start=1):
+        report = output / ("mapl" if len(settings) == 1 else f"mapl-{number}")
+        own = [*setting.split(), "--mapl-report-dir", str(report)]
+        log = output / f"{report.name}.log"
+        name = "MAPL" if setting == MAPL else "MAPL, " + setting.replace("--mapl-", "")
+        mapl, counted = train(name, [*flags, *data, *own], steps, log), load(report)
+        runs.append(
+            dataclasses.replace(
+                mapl,
+                traffic=counted.traffic,
+                uncompressed=counted.uncompressed,
+                communicating=counted.communicating,
+            )
+        )
+    # Plain Megatron counts nothing; the other runs have counted what the same micro-batches take.
+    bytes_of_plain = runs[0].uncompressed
+    plain = dataclasses.replace(plain, traffic=bytes_of_plain, uncompressed=bytes_of_plain)
+    publish(plain, runs, flags, settings, output)
     print(f"The demo took {_clock(time.monotonic() - start)}.")
 
 
@@ -105,7 +111,7 @@ def prepare(prefix: Path) -> list[str]:
     ]
 
 
-def train(name: str, flags: Sequence[str], steps: int, output: Path) -> Run:
+def train(name: str, flags: Sequence[str], steps: int, log: Path) -> Run:
     """Train once, with a progress line; losses and seconds as the log has them.
 
     Raises:
@@ -113,7 +119,6 @@ def train(name: str, flags: Sequence[str], steps: int, output: Path) -> Run:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(STAGES), str(ROOT / "pretrain_gpt.py"), *flags]
-    log = output / f"{name.lower()}.log"
     print(f"\nTraining {name}: {steps} steps of {SAMPLES * SEQUENCE:,} tokens, "
           f"{STAGES} processes (log: {log})", flush=True)  # fmt: skip
     losses: Curve = []
@@ -229,28 +234,39 @@ def _reason(log: Path, count: int = 40) -> str:
     return "\n".join(lines[first : first + count])
 
 
-def publish(runs: Sequence[Run], flags: Sequence[str], output: Path) -> None:
+def publish(
+    plain: Run,
+    compressed: Sequence[Run],
+    flags: Sequence[str],
+    settings: Sequence[str],
+    output: Path,
+) -> None:
     """Print the comparison, and write it as text, as data and as a picture."""
-    plain, mapl = runs
-    loss, base = mapl.validation[-1][1], plain.validation[-1][1]
-    summary = "\n".join(
+    runs = [plain, *compressed]
+    base = plain.validation[-1][1]
+    lines = [
         f"{run.name}: training loss from {run.losses[0][1]:.3f} to "
         f"{smoothed([loss for _, loss in run.losses])[-1]:.3f} (mean of the last 5 steps), "
         f"validation loss {run.validation[-1][1]:.4f}."
         for run in runs
-    )
-    summary += (
-        f"\nWith {mapl.ratio:.2f}× less traffic, all bytes counted, MAPL's validation loss is "
-        f"{abs(loss / base - 1) * 100:.2f}% {'above' if loss > base else 'below'} the "
-        "uncompressed run's."
-        "\nBoth ran over this machine's loopback, where bytes cost nothing: the seconds show what "
+    ]
+    for run in compressed:
+        change = run.validation[-1][1] / base - 1
+        lines.append(
+            f"{run.name}: with {run.ratio:.2f}× less traffic, all bytes counted, the validation "
+            f"loss is {abs(change):.2%} {'above' if change > 0 else 'below'} the uncompressed "
+            "run's."
+        )
+    lines.append(
+        "All ran over this machine's loopback, where bytes cost nothing: the seconds show what "
         "MAPL computes, not what it saves on a slow network."
     )
+    summary = "\n".join(lines)
     print(f"\n{table(runs)}\n\n{summary}")
     draw(runs, output / "demo.png")
     page = f"# Demo\n\n{table(runs, markdown=True)}\n\n{summary}\n\n![](demo.png)\n"
     write_atomically(output / "demo.md", page.encode())
-    figures = {"flags": list(flags), "mapl_flags": MAPL.split()}
+    figures = {"flags": list(flags), "mapl_flags": list(settings)}
     data = {**figures, "runs": [{**dataclasses.asdict(run), "ratio": run.ratio} for run in runs]}
     write_atomically(output / "demo.json", (json.dumps(data, indent=2) + "\n").encode())
     print(f"Written: {output / 'demo.png'}, demo.md and demo.json beside it.")
@@ -269,12 +285,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output-dir", type=Path, default=Path("demo-out"), help="default: %(default)s"
     )
     parser.add_argument("--steps", type=int, default=150, help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--mapl-flags", action="append", metavar="FLAGS",
+        help=f"of a compressed run, in quotes; may be given several times (default: '{MAPL}')",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    settings = options.mapl_flags or [MAPL]
+    for setting in settings:
+        if "--mapl-rank" not in setting.split():
+            parser.error(f"--mapl-flags '{setting}' has no --mapl-rank, and so no boundaries")
     if options.steps < 4:
         parser.error(f"--steps {options.steps} is too few; give 4 or more")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end in order, as for Ctrl-C
     try:
-        demo(options.output_dir, options.steps)
+        demo(options.output_dir, options.steps, settings)
     except (DemoError, ValueError, OSError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 1

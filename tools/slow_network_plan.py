@@ -27,6 +27,11 @@ class Sizes:
         return self.sequence * self.micro_batch * self.micro_batches
 
     @property
+    def link_tokens(self) -> int:
+        """A step's tokens, each as often as it crosses a link and comes back."""
+        return self.step_tokens * (self.stages - 1)
+
+    @property
     def payload_bytes(self) -> int:
         """A micro-batch's activations, uncompressed: bf16."""
         return self.sequence * self.micro_batch * self.hidden * 2

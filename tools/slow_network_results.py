@@ -111,6 +111,7 @@ class Results:
                     slowest=max(timing.steps),
                     tokens_per_second=self.sizes.step_tokens / timing.step,
                     sent=traffic.sent if traffic else None,
+                    token_bytes=traffic.sent / self.sizes.link_tokens if traffic else None,
                     link_bytes=timing.link_bytes,
                     ratio=traffic.ratio if traffic else None,
                     speed_up=base and base / timing.step,
@@ -154,6 +155,7 @@ class Row:
     Attributes:
         step, fastest, slowest: seconds of a timed step: median and extremes.
         sent, link_bytes, ratio: see Timing and Traffic.
+        token_bytes: sent for each token over each link, both directions together.
         speed_up: over the uncompressed run's step.
         compute_share: its step on an unlimited link, as a share of this step.
         floor: seconds that a step's bytes take at the least, in the busiest direction of a link.
@@ -165,6 +167,7 @@ class Row:
     slowest: float
     tokens_per_second: float
     sent: float | None
+    token_bytes: float | None
     link_bytes: float | None
     ratio: float | None
     speed_up: float | None

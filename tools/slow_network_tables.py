@@ -89,8 +89,10 @@ def columns(names: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bo
 
 
 def _table(rows: Sequence[Row], markdown: bool) -> str:
-    names = ["setting", "step s", "min–max s", "tokens/s", "sent MB", "on links MB", "byte ratio",
-             "speed-up", "of ratio", "compute", "wire floor s"]  # fmt: skip
+    names = [
+        *("setting", "step s", "min–max s", "tokens/s", "sent MB", "B/token", "on links MB"),
+        *("byte ratio", "speed-up", "of ratio", "compute", "wire floor s"),
+    ]
     cells = [
         [
             row.setting,
@@ -98,6 +100,7 @@ def _table(rows: Sequence[Row], markdown: bool) -> str:
             f"{row.fastest:.2f}–{row.slowest:.2f}",
             f"{row.tokens_per_second:,.0f}",
             _number(row.sent, "{:.2f}", 1e-6),
+            _number(row.token_bytes, "{:.1f}"),
             _number(row.link_bytes, "{:.2f}", 1e-6),
             _number(row.ratio, "{:.2f}×"),
             _number(row.speed_up, "{:.2f}×"),
