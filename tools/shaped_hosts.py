@@ -25,6 +25,9 @@ from slow_network_cleanup import Watchdog, leftovers, own_prefix, remove
 #: TCP's on the links: Linux's default, whatever the machine's is.
 CONGESTION_CONTROL = "cubic"
 
+#: Bytes that pass at once: two packets, next to a payload nothing.
+_BURST = 4096
+
 _CLONE_NEWNET = 0x40000000
 _NETNS = Path("/run/netns")
 
@@ -81,15 +84,16 @@ class ShapedHosts:
         return ["ip", "netns", "exec", name, *command]
 
     def shape(self, mbit: float | None) -> None:
-        """Sets the bandwidth of all links, while they are in use too; None: unlimited."""
+        """Sets the bandwidth of all links; None: unlimited. TCP sends again what waited there."""
         for name, devices in self._links():
+            # Not changed in place: a packet that waits for the old bucket and does not fit into the
+            # new one would block the link for good.
+            commands = [f"qdisc delete dev {d} root" for d in devices] if self._shaped else []
             if mbit is not None:
-                # 0.5 ms of bytes at once and no less than two packets: next to a payload, nothing.
-                burst = max(4096, round(mbit * 1e6 / 8 * 0.0005))
-                shaper = f"tbf rate {round(mbit * 1e6)}bit burst {burst}b latency 50ms"
-                _batch("tc", name, [f"qdisc replace dev {d} root {shaper}" for d in devices])
-            elif self._shaped:
-                _batch("tc", name, [f"qdisc delete dev {d} root" for d in devices])
+                shaper = f"tbf rate {round(mbit * 1e6)}bit burst {_BURST}b latency 50ms"
+                commands += [f"qdisc add dev {d} root {shaper}" for d in devices]
+            if commands:
+                _batch("tc", name, commands)
         self._shaped = mbit is not None
 
     def bytes_sent(self) -> dict[tuple[int, str], int]:

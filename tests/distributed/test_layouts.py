@@ -42,7 +42,7 @@ def assert_sides_equal(result: Result, boundaries: int, copies_each: int) -> Non
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_both_sides_are_bitwise_equal(cluster: Cluster, name: str) -> None:
     layout = LAYOUTS[name]
-    result = cluster.run(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
+    result = cluster.run_once(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
     arguments = layout.arguments.split()
     virtual = 2 if "--num-virtual-stages-per-pipeline-rank" in arguments else 1
     pipeline = int(arguments[arguments.index("--pipeline-model-parallel-size") + 1])
@@ -66,7 +66,7 @@ def test_both_sides_are_bitwise_equal(cluster: Cluster, name: str) -> None:
 
 def test_replicas_hold_the_same_anchors(cluster: Cluster) -> None:
     layout = LAYOUTS["pp2-dp2-distributed-optimizer"]
-    result = cluster.run(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
+    result = cluster.run_once(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
     for stage in range(2):  # ranks 0, 1 are stage 0 and ranks 2, 3 stage 1
         one, other = (result.records[2 * stage + replica]["anchors"] for replica in range(2))
         assert torch.equal(one[0]["E"], other[0]["E"])

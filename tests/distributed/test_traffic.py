@@ -45,7 +45,7 @@ def test_tensor_parallel_ranks_share_the_sending(cluster: Cluster, codec: str) -
     codecs = f"--mapl-forward-codec {codec} --mapl-backward-codec pipeline"
     whole = cluster.run(4, TP4.command(MAPL, codecs, "--mapl-no-tensor-parallel-split"))
     split = cluster.run(4, TP4.command(MAPL, codecs))
-    one = cluster.run(2, LAYOUTS["pp2"].command(MAPL, codecs))
+    one = cluster.run_once(2, LAYOUTS["pp2"].command(MAPL, codecs))
     assert split.losses == whole.losses
     assert_sides_equal(split, 1, 4)
     kinds = ("latents", "scales", "ids", "projector")
@@ -68,7 +68,7 @@ def test_a_sequence_that_does_not_divide_is_not_split(cluster: Cluster) -> None:
 def test_the_exchange_in_bf16(cluster: Cluster, name: str) -> None:
     """Both sides round both terms alike, so they stay equal; the bytes are half."""
     layout = LAYOUTS[name]
-    full = cluster.run(layout.world_size, layout.command(MAPL))
+    full = cluster.run_once(layout.world_size, layout.command(MAPL))
     half = cluster.run(layout.world_size, layout.command(MAPL, "--mapl-projector-exchange bf16"))
     boundaries = len(full.traffic["boundaries"])
     copies = sum(len(record["projectors"]) for record in half.records) // boundaries
@@ -85,7 +85,7 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> Non
     layout = LAYOUTS[name]
     network = "--mapl-emulate-latency 20 --mapl-emulate-bandwidth 4"
     for flags in (MAPL, ""):  # plain Megatron too
-        fast = cluster.run(layout.world_size, layout.command(flags))
+        fast = cluster.run_once(layout.world_size, layout.command(flags))
         slow = cluster.run(layout.world_size, layout.command(flags, network))
         assert slow.losses == fast.losses
         assert slow.validation == fast.validation

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -288,6 +289,13 @@ def test_links_are_shaped_and_nothing_is_left() -> None:
         assert after[0, "next"] - before[0, "next"] > 100_000
         assert after[0, hosts.device] - before[0, hosts.device] < 10_000
         assert goodput(hosts, 0, 2, 20_000_000) > 40  # no neighbours
+        with ThreadPoolExecutor(1) as thread:
+            for _ in range(6):  # what waits when the bandwidth falls must not block the link
+                hosts.shape(500)
+                under_way = thread.submit(goodput, hosts, 0, 1, 1_500_000)
+                time.sleep(0.03)
+                hosts.shape(20)
+                assert under_way.result(60) > 1
         hosts.shape(None)
         assert goodput(hosts, 0, 1, 20_000_000) > 40
         child = subprocess.Popen(hosts.run_on(1, ["sleep", "100"]))
