@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron.mapl import cpu_matmul
 from megatron.mapl.patching import replace
 
 CPU = torch.device("cpu")
@@ -186,6 +187,8 @@ def install() -> bool:
     replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     # torch's compiler would ask the stand-ins for the properties of a real device.
     torch.compiler.set_stance("force_eager")
+    if slow := cpu_matmul.slow_dtypes():
+        cpu_matmul.install(slow)
     _CudaMeansCpu().__enter__()  # for the life of the process
     return True
 

@@ -74,7 +74,7 @@ def test_on_a_gpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 STAND_INS = """
 import os
 import torch
-from megatron.mapl import cpu
+from megatron.mapl import cpu, cpu_matmul
 
 assert cpu.install() is True
 assert torch.cuda.is_available() and torch.cuda.device_count() == 1
@@ -111,7 +111,7 @@ def test_stand_ins() -> None:
 @needs_no_gpu
 def test_a_moved_symbol_is_named() -> None:
     script = """
-from megatron.mapl import cpu
+from megatron.mapl import cpu, cpu_matmul
 cpu.install()
 import megatron.training.training as training
 del training.set_jit_fusion_options
@@ -120,3 +120,60 @@ cpu.patch_megatron()
     result = python(script)
     assert result.returncode == 1
     assert "megatron.training.training.set_jit_fusion_options is not there" in result.stderr
+
+
+PRODUCTS = """
+import warnings
+import torch
+from megatron.mapl import cpu_matmul
+
+warnings.simplefilter("error")
+calls = []
+kernel = torch.library.get_kernel
+
+def recording(name, key):
+    original = kernel(name, key)
+    class Recorded:
+        def call_boxed(self, keys, *args, **kwargs):
+            calls.append((name, args[0].dtype))
+            return original.call_boxed(keys, *args, **kwargs)
+    return Recorded()
+
+torch.library.get_kernel = recording
+
+def results(dtype):
+    def random(*shape):
+        generator = torch.Generator().manual_seed(sum(shape))
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+    a, b, c = random(5, 300), random(7, 300), random(5, 7)
+    x, y, z = random(2, 5, 300), random(2, 300, 7), random(2, 5, 7)
+    outs = [
+        a @ b.t(), torch.addmm(c, a, b.t(), beta=0.5, alpha=2), torch.nn.functional.linear(x, b),
+        torch.bmm(x, y), torch.baddbmm(z, x, y, beta=0.25, alpha=0.5),
+        torch.baddbmm(torch.full_like(z, float("nan")), x, y, beta=0.0),
+    ]
+    sum(out.float().square().sum() for out in outs).backward()
+    return [*outs, *(leaf.grad for leaf in (a, b, c, x, y, z))]
+
+def relative(got, reference):
+    got, reference = got.detach().double(), reference.detach().double()
+    return float((got - reference).norm() / reference.norm())
+
+reference = results(torch.float64)
+cpu_matmul.install(frozenset({torch.bfloat16, torch.float16}))
+for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 1e-6)):
+    calls.clear()
+    got = results(dtype)
+    assert {tensor.dtype for tensor in got} == {dtype}
+    worst = max(map(relative, got, reference))
+    assert worst < bound, (dtype, worst)
+    assert {name for name, _ in calls} == {"aten::" + name for name in cpu_matmul._PRODUCTS}
+    assert {seen for _, seen in calls} == {torch.float32}
+print("as it should be")
+"""
+
+
+def test_products_in_16_bits_are_computed_in_32() -> None:
+    """Forward and backward, on this processor whatever it can do."""
+    run = python(PRODUCTS)
+    assert run.stdout == "as it should be\n", run.stdout + run.stderr

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products in bf16 and fp16 on processors without instructions for them.
+
+On such a processor (x86 without AVX-512, for one) torch multiplies 16-bit numbers in a scalar loop,
+which was measured to take up to 70 times as long as converting to fp32, multiplying and rounding
+back. The latter is done here, for forward and backward passes alike. It is what the others compute
+too: products summed in fp32, rounded once.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Operators of torch that multiply matrices, and how many of their first arguments are tensors.
+_PRODUCTS = {"mm": 2, "bmm": 2, "addmm": 3, "baddbmm": 3}
+
+#: torch takes a replaced kernel back when its library object is gone.
+_installed: list[torch.library.Library] = []
+
+
+def slow_dtypes() -> frozenset[torch.dtype]:
+    """The 16-bit floats that this processor multiplies slowly."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return frozenset(dtype for dtype, fast in supported.items() if not fast())
+
+
+def install(dtypes: frozenset[torch.dtype]) -> None:
+    """Has products of CPU tensors of these dtypes computed in fp32, for the life of the process."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant so
+        for name, tensors in _PRODUCTS.items():
+            library.impl(name, _through_fp32(name, tensors, dtypes), "CPU", with_keyset=True)
+    _installed.append(library)
+
+
+def _through_fp32(name: str, tensors: int, dtypes: frozenset[torch.dtype]) -> Callable[..., Any]:
+    original = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def product(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        dtype = args[0].dtype
+        if dtype not in dtypes:
+            return original.call_boxed(keys, *args, **kwargs)
+        wide = [argument.float() for argument in args[:tensors]]
+        result = original.call_boxed(keys, *wide, *args[tensors:], **kwargs)
+        return result.to(dtype)
+
+    return product
