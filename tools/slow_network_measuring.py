@@ -71,14 +71,14 @@ class Measuring:
         results.traffic[setting.name] = self._traffic(setting)
 
     def emulate(self, setting: plan.Setting) -> None:
-        """The same over loopback, with an emulated link of the loss curves' bandwidth.
+        """The same over loopback, with an emulated link of the lowest bandwidth.
 
         The emulation knows no headers: it is given what the shaped link carries besides them.
 
         Raises:
             JobError: the training failed.
         """
-        mbit = self._effort.curve_mbit
+        mbit = self._effort.lowest
         # The planned number of steps is that of the bandwidth, which this job has from the start.
         planned = plan.phases(self.results.sizes, replace(setting, curve=False), self._effort, None)
         steps = next(phase.steps for phase in planned if phase.mbit == mbit)

@@ -71,8 +71,8 @@ class Setting:
         ratio: how many times fewer bytes, roughly; only to plan the time. The bench measures it.
         quick: whether it is part of the quick bench.
         curve: whether it trains long enough at one bandwidth for a loss curve.
-        emulate: whether it also runs over loopback with `--mapl-emulate-bandwidth`.
-        few: whether one bandwidth, that of the loss curves, is enough.
+        emulate: whether it also runs over loopback with `--mapl-emulate-bandwidth`, the lowest.
+        few: whether one bandwidth, the lowest, is enough.
         without_hiding: the name of the setting that differs in receiving nothing ahead.
     """
 
@@ -142,15 +142,20 @@ class Effort:
         target: seconds of timed steps that a bandwidth is given, within `least` and `most` steps.
     """
 
-    bandwidths: tuple[float, ...] = (5, 20, 80)
-    curve_mbit: float = 20
+    bandwidths: tuple[float, ...] = (4, 16, 64)
+    curve_mbit: float = 16
     curve_steps: int = 12
     target: float = 12.0
     least: int = 3
     most: int = 8
 
+    @property
+    def lowest(self) -> float:
+        """The bandwidth at which the network dominates most."""
+        return self.bandwidths[0]
 
-QUICK = Effort(bandwidths=(20, 80), curve_mbit=20, curve_steps=6, target=4, least=2, most=4)
+
+QUICK = Effort(bandwidths=(16, 64), curve_mbit=16, curve_steps=6, target=4, least=2, most=4)
 
 #: Seconds, roughly, on two cores, to plan with: four processes that import Megatron; a step's
 #: computation for a token.
@@ -181,7 +186,7 @@ def phases(
         return Phase(mbit, discard, max(effort.least, min(steps, effort.most)))
 
     planned: list[Phase] = []
-    bandwidths = (effort.curve_mbit,) if setting.few else effort.bandwidths
+    bandwidths = (effort.lowest,) if setting.few else effort.bandwidths
     rest: list[float | None] = [None, *sorted(bandwidths, reverse=True)]
     if setting.curve:
         rest.remove(effort.curve_mbit)

@@ -30,7 +30,7 @@ class Progress:
         self._expected = []
         for setting, emulated in jobs:
             if emulated:
-                step = expected_step(sizes, setting, effort.curve_mbit)
+                step = expected_step(sizes, setting, effort.lowest)
                 self._expected.append(START_UP + max(effort.target, (2 + effort.least) * step))
             else:
                 planned = phases(sizes, setting, effort, curve_seconds)

@@ -35,19 +35,30 @@ def install(dtypes: frozenset[torch.dtype]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant so
         for name, tensors in _PRODUCTS.items():
-            library.impl(name, _through_fp32(name, tensors, dtypes), "CPU", with_keyset=True)
+            for operator in (name, f"{name}.out"):
+                product = _through_fp32(operator, tensors, dtypes)
+                library.impl(operator, product, "CPU", with_keyset=True)
     _installed.append(library)
 
 
-def _through_fp32(name: str, tensors: int, dtypes: frozenset[torch.dtype]) -> Callable[..., Any]:
-    original = torch.library.get_kernel(f"aten::{name}", "CPU")
+def _through_fp32(
+    operator: str, tensors: int, dtypes: frozenset[torch.dtype]
+) -> Callable[..., torch.Tensor]:
+    original = torch.library.get_kernel(f"aten::{operator}", "CPU")
 
-    def product(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def product(
+        keys: Any, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         dtype = args[0].dtype
         if dtype not in dtypes:
+            if out is not None:
+                kwargs["out"] = out
             return original.call_boxed(keys, *args, **kwargs)
         wide = [argument.float() for argument in args[:tensors]]
-        result = original.call_boxed(keys, *wide, *args[tensors:], **kwargs)
-        return result.to(dtype)
+        if out is None:
+            return original.call_boxed(keys, *wide, *args[tensors:], **kwargs).to(dtype)
+        result = torch.empty_like(out, dtype=torch.float32)
+        original.call_boxed(keys, *wide, *args[tensors:], **kwargs, out=result)
+        return out.copy_(result)
 
     return product

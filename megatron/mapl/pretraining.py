@@ -8,6 +8,7 @@ the stand-ins for a GPU in cpu.py.
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         exit_with_error(error)
     # Parses the command line again, with Megatron's flags alone: `--help` must meet ours first.
     model_config.pre_wrap_hooks.append(partial(_agree, args=args))
-    links = _Links(emulation, runtime)
+    links = _Links(emulation, runtime, timedelta(minutes=args.distributed_timeout_minutes))
     model_config.pre_wrap_hooks.append(links.start)
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     loading = checkpoint.guarded_load(megatron_training.load_checkpoint, args, runtime)
@@ -112,8 +113,10 @@ class _Links:
         emulation: None without `--mapl-emulate-*`, and before.
     """
 
-    def __init__(self, config: EmulationConfig, runtime: MaplRuntime | None) -> None:
-        self._config, self._runtime = config, runtime
+    def __init__(
+        self, config: EmulationConfig, runtime: MaplRuntime | None, timeout: timedelta
+    ) -> None:
+        self._config, self._runtime, self._timeout = config, runtime, timeout
         self.emulation: LinkEmulation | None = None
 
     def start(self, chunks: list[Any]) -> list[Any]:
@@ -125,6 +128,7 @@ class _Links:
                 latency_ms=latency or 0.0,
                 stage=parallel_state.get_pipeline_model_parallel_rank(),
                 stages=parallel_state.get_pipeline_model_parallel_world_size(),
+                timeout=self._timeout,
             )
             self.emulation.install()
             if self._runtime is not None:

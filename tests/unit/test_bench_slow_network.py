@@ -72,7 +72,7 @@ def test_a_phase_lasts_for_its_seconds() -> None:
 def test_every_job_has_its_bandwidths_and_an_unlimited_link(effort: plan.Effort) -> None:
     for setting in SETTINGS.values():
         phases = plan.phases(SIZES, setting, effort, 60.0)
-        bandwidths = {effort.curve_mbit} if setting.few else set(effort.bandwidths)
+        bandwidths = {effort.lowest} if setting.few else set(effort.bandwidths)
         assert {phase.mbit for phase in phases} == {None, *bandwidths}
         assert len(phases) == len(bandwidths) + 1
         assert [phase.discard for phase in phases] == [2] + [1] * len(bandwidths)

@@ -153,6 +153,14 @@ def results(dtype):
         torch.baddbmm(torch.full_like(z, float("nan")), x, y, beta=0.0),
     ]
     sum(out.float().square().sum() for out in outs).backward()
+    with torch.no_grad():
+        for product, arguments, of in (
+            (torch.mm, (a, b.t()), outs[0]), (torch.addmm, (c, a, b.t()), outs[1]),
+            (torch.bmm, (x, y), outs[3]), (torch.baddbmm, (z, x, y), outs[4]),
+        ):
+            out = torch.full_like(of, float("nan"))
+            assert product(*arguments, out=out) is out
+            outs.append(out)
     return [*outs, *(leaf.grad for leaf in (a, b, c, x, y, z))]
 
 def relative(got, reference):
@@ -167,7 +175,8 @@ for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float
     assert {tensor.dtype for tensor in got} == {dtype}
     worst = max(map(relative, got, reference))
     assert worst < bound, (dtype, worst)
-    assert {name for name, _ in calls} == {"aten::" + name for name in cpu_matmul._PRODUCTS}
+    names = {"aten::" + name for name in cpu_matmul._PRODUCTS}
+    assert {name for name, _ in calls} == names | {name + ".out" for name in names}
     assert {seen for _, seen in calls} == {torch.float32}
 print("as it should be")
 """
