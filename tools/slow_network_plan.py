@@ -142,9 +142,9 @@ class Effort:
         target: seconds of timed steps that a bandwidth is given, within `least` and `most` steps.
     """
 
-    bandwidths: tuple[float, ...] = (4, 16, 64)
-    curve_mbit: float = 16
-    curve_steps: int = 12
+    bandwidths: tuple[float, ...] = (5, 15, 60)
+    curve_mbit: float = 15
+    curve_steps: int = 10
     target: float = 12.0
     least: int = 3
     most: int = 8
@@ -155,7 +155,7 @@ class Effort:
         return self.bandwidths[0]
 
 
-QUICK = Effort(bandwidths=(16, 64), curve_mbit=16, curve_steps=6, target=4, least=2, most=4)
+QUICK = Effort(bandwidths=(15, 60), curve_mbit=15, curve_steps=6, target=4, least=2, most=4)
 
 #: Seconds, roughly, on two cores, to plan with: four processes that import Megatron; a step's
 #: computation for a token.
