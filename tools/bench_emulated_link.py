@@ -201,6 +201,8 @@ def main() -> None:
             assert processes is not None
             load = OtherLoad()
             for _ in range(len(COMPUTATIONS) * len(CASES)):
+                while results.empty():
+                    processes.join(timeout=0.1)  # raises what went wrong in one of them
                 line(results.get(), load.since_last_call(), worst)
             processes.join()
     for computation, (error, text) in worst.items():

@@ -36,9 +36,12 @@ from slow_network_progress import Progress
 from slow_network_results import Results
 from slow_network_tables import page
 
+#: Sizes, effort, and the trainings, True for those over an emulated link.
+Plan = tuple[plan.Sizes, plan.Effort, list[tuple[plan.Setting, bool]]]
 
-def bench(options: argparse.Namespace) -> int:
-    """Measures, and publishes what there is after each training.
+
+def bench(options: argparse.Namespace, what: Plan) -> int:
+    """Measures, notes after each training what there is, and publishes it at the end.
 
     Returns:
         0, or 1 if a training failed.
@@ -48,7 +51,7 @@ def bench(options: argparse.Namespace) -> int:
         JobError: the data could not be prepared.
     """
     output: Path = options.output_dir
-    sizes, effort, jobs = planned(options)
+    sizes, effort, jobs = what
     data = prepare(output / "data" / "stdlib", options.data_prefix)
     results = Results(sizes, _machine(), effort.curve_mbit)
     with ShapedHosts(sizes.stages) as hosts:
@@ -68,14 +71,23 @@ def bench(options: argparse.Namespace) -> int:
     return 1 if results.failed else 0
 
 
-def planned(
-    options: argparse.Namespace,
-) -> tuple[plan.Sizes, plan.Effort, list[tuple[plan.Setting, bool]]]:
-    """What to measure: sizes, effort, and the trainings, True for those over an emulated link.
+def planned(options: argparse.Namespace) -> Plan:
+    """What to measure.
 
     Raises:
         ValueError: naming an option that does not fit.
     """
+    if options.stages < 2:
+        raise ValueError(f"--stages {options.stages}: a link needs two hosts; give 2 or more")
+    if options.hidden_size < 128 or options.hidden_size % 128:
+        raise ValueError(
+            f"--hidden-size {options.hidden_size}: heads have 128 numbers; give a multiple of 128"
+        )
+    if options.bandwidths and min(options.bandwidths) <= 0:
+        raise ValueError(
+            f"--bandwidths {' '.join(map(str, options.bandwidths))}: give positive numbers of "
+            "Mbit/s"
+        )
     sizes = plan.Sizes(stages=options.stages, hidden=options.hidden_size)
     effort = plan.QUICK if options.quick else plan.Effort()
     if options.bandwidths:
@@ -181,14 +193,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data-prefix", type=Path, help="of a dataset that tools/prepare_data.py has made")
     add("--redraw", type=Path, metavar="JSON", help="tables and picture of an earlier call alone")
     options = parser.parse_args(argv)
+    try:
+        what = planned(options)
+    except ValueError as error:
+        print(f"bench_slow_network.py: error: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end in order, as for Ctrl-C
     try:
         if options.redraw:
             publish(Results.from_json(options.redraw.read_text()), options.output_dir)
             return 0
         check_machine()
-        return bench(options)
-    except (NetworkError, ValueError) as error:
+        return bench(options, what)
+    except NetworkError as error:
         print(f"bench_slow_network.py: error: {error}", file=sys.stderr)
         return 2
     except (JobError, OSError) as error:

@@ -222,7 +222,7 @@ class Training:
 
 
 def _reason(log: Path, count: int = 30) -> str:
-    """The part of a log that says why: from the last traceback or error on, else its end."""
+    """The part of a log that says why: from the first traceback or error on, else its end."""
     lines = log.read_text(errors="replace").splitlines()
     signs = [n for n, line in enumerate(lines) if re.search(r"Traceback|[Ee]rror: ", line)]
     first = signs[0] if signs else max(0, len(lines) - count)

@@ -54,7 +54,8 @@ def _preface(results: Results) -> str:
     return (
         f"{sizes.stages} stages, one host each; d = {sizes.hidden}, {sizes.micro_batches} "
         f"micro-batches of {sizes.micro_batch} × {sizes.sequence} tokens a step, bf16, gloo; "
-        f"{machine}."
+        f"{machine}. Settings with boundaries receive ahead, but those named so; uncompressed "
+        "Megatron waits for each transfer."
     )
 
 

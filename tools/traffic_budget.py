@@ -15,13 +15,21 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from mapl import traffic
 from mapl.channel import WHOLE, Channel, Share
-from mapl.codecs import CODECS, CodecSettings, Role, build_codec
+from mapl.codecs import (
+    CODECS,
+    CodecEnd,
+    CodecSettings,
+    ResidualVQCodec,
+    Role,
+    build_codec,
+)
+from mapl.codecs.settings import RvqSync
 from mapl.parcel import ParcelChannel
 from mapl.payload import Direction, PayloadLayout
 from mapl.traffic import Ledger
@@ -82,12 +90,19 @@ def budget(job: Job) -> dict[str, Any]:
                     unsplit=unsplit.total_bytes,
                 )
     _count_projector(job, ledger)
+    _count_whole_codebooks(job, ledger)
     return traffic.report([ledger.sent])
 
 
 def _channel(job: Job, direction: Direction, name: str, role: Role, share: Share) -> Channel:
-    codec = build_codec(
-        name,
+    codec = build_codec(name, _end(job, role, share))
+    layout = PayloadLayout(0, direction, vocab_size=job.vocab_size)
+    ids = direction is Direction.FORWARD
+    return Channel(layout, job.rank, codec, carries_ids=ids, share=share)
+
+
+def _end(job: Job, role: Role, share: Share = WHOLE) -> CodecEnd:
+    return CodecEnd(
         role=role,
         width=job.rank,
         dtype=DTYPES[job.dtype],
@@ -96,9 +111,23 @@ def _channel(job: Job, direction: Direction, name: str, role: Role, share: Share
         shards=share.count,
         shard=share.index,
     )
-    layout = PayloadLayout(0, direction, vocab_size=job.vocab_size)
-    ids = direction is Direction.FORWARD
-    return Channel(layout, job.rank, codec, carries_ids=ids, share=share)
+
+
+def _count_whole_codebooks(job: Job, ledger: Ledger) -> None:
+    """With `--mapl-rvq-sync full` they cross after each step, else five times in a job."""
+    processes = job.tensor_model_parallel_size * job.replicas
+    for direction, name, role in (
+        (Direction.FORWARD_CODEBOOK, job.forward_codec, Role.ACTIVATION),
+        (Direction.BACKWARD_CODEBOOK, job.backward_codec, Role.GRADIENT),
+    ):
+        codec = build_codec(name, _end(job, role))
+        if not isinstance(codec, ResidualVQCodec) or job.codecs.rvq_sync != "full":
+            continue
+        size, layout = codec.whole_bytes(), PayloadLayout(0, direction)
+        share = ParcelChannel(layout, "codebook", Share(0, processes)).layout_of(size)
+        whole = ParcelChannel(layout, "codebook").layout_of(size)
+        for _ in range(processes):
+            ledger.count(share, uncompressed=0, unsplit=whole.total_bytes)
 
 
 def _count_projector(job: Job, ledger: Ledger) -> None:
@@ -133,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "rvq-codes": int,
         "rvq-sync-entries": int,
     }
+    parser.add_argument("--rvq-sync", choices=get_args(RvqSync), default=argparse.SUPPRESS)
     for name, kind in numbers.items():
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     return parser

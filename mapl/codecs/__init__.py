@@ -29,17 +29,36 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class CodecEnd:
-    """What a codec is built from; see `build_codec`."""
+    """What one end of one direction of one boundary is built from.
+
+    Attributes:
+        role: what is carried.
+        width: w, numbers a row.
+        dtype: of the model.
+        seed: of all that is random; the same at both ends, another for each direction.
+        settings: those of all codecs.
+        shards: how many processes each send a part of the same rows.
+        shard: which of them this is, if it sends.
+        sender: a number of its own for each process that sends other rows in this direction.
+        sends: whether this end encodes or decodes.
+
+    Raises:
+        ValueError: there is no such shard.
+    """
 
     role: Role
     width: int
     dtype: torch.dtype
     seed: int
     settings: CodecSettings
-    shards: int
-    shard: int
-    sender: int
-    sends: bool
+    shards: int = 1
+    shard: int = 0
+    sender: int = 0
+    sends: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.shards:
+            raise ValueError(f"shard {self.shard} is not one of {self.shards}")
 
 
 def _pipeline(end: CodecEnd) -> Codec:
@@ -76,50 +95,16 @@ CODECS: dict[str, Callable[[CodecEnd], Codec]] = {
 }
 
 
-def build_codec(
-    name: str,
-    *,
-    role: Role,
-    width: int,
-    dtype: torch.dtype,
-    seed: int,
-    settings: CodecSettings,
-    shards: int = 1,
-    shard: int = 0,
-    sender: int = 0,
-    sends: bool = True,
-) -> Codec:
+def build_codec(name: str, end: CodecEnd) -> Codec:
     """One end of one direction of one boundary.
 
     Args:
         name: a key of `CODECS`.
-        role: what is carried.
-        width: w, numbers a row.
-        dtype: of the model.
-        seed: of all that is random; the same at both ends, another for each direction.
-        settings: those of all codecs.
-        shards: how many processes each send a part of the same rows.
-        shard: which of them this is, if it sends.
-        sender: a number of its own for each process that sends other rows in this direction.
-        sends: whether this end encodes or decodes.
+        end: what it is built from.
 
     Raises:
         ValueError: the name is unknown, or settings do not fit; names flag, value and remedy.
     """
     if name not in CODECS:
         raise ValueError(f"codec {name} is unknown; use one of {', '.join(CODECS)}")
-    if not 0 <= shard < shards:
-        raise ValueError(f"shard {shard} is not one of {shards}")
-    return CODECS[name](
-        CodecEnd(
-            role=role,
-            width=width,
-            dtype=dtype,
-            seed=seed,
-            settings=settings,
-            shards=shards,
-            shard=shard,
-            sender=sender,
-            sends=sends,
-        )
-    )
+    return CODECS[name](end)

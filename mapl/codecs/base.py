@@ -68,6 +68,17 @@ class Codec(nn.Module):
         """Fills `out` [n, w] with one body."""
         raise NotImplementedError
 
+    def error_bound(self, rows: Tensor) -> Tensor:
+        """How far each decoded number can be from the one sent, before out's dtype rounds it.
+
+        Args:
+            rows: [n, w], finite.
+
+        Returns:
+            [n, w] fp64.
+        """
+        raise NotImplementedError
+
     def split(self, body: Tensor, rows: int) -> dict[str, Tensor]:
         """Kind → its bytes, as views of `body`."""
         parts = self.parts(rows)

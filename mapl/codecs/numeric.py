@@ -36,5 +36,5 @@ class DtypeCodec(Codec):
         out.detach().copy_(body.view(self.dtype).view(out.shape))
 
     def error_bound(self, rows: Tensor) -> Tensor:
-        """[n, w] fp64: how far each decoded number can be from the one sent: 0."""
+        """See `Codec`: 0."""
         return torch.zeros_like(rows, dtype=torch.float64)

@@ -128,6 +128,7 @@ class ResidualVQCodec(Codec):
             counts, sums = torch.zeros(start.shape[:3]), torch.zeros_like(start)
             self.register_buffer("counts", counts)
             self.register_buffer("sums", sums)
+            self._used: Tensor | None = None  # the counts before the last revival
             fresh = torch.zeros(counts.numel() + sums.numel())
             self.register_buffer("fresh", fresh, persistent=False)
 
@@ -232,6 +233,7 @@ class ResidualVQCodec(Codec):
             decay = min(self.settings.rvq_decay, 1 - 1 / (number + 1))
             new_counts, new_sums = self._split(statistics)
             counts, sums = learning.averaged(self.counts, self.sums, new_counts, new_sums, decay)
+            self._used = counts
             counts, sums = learning.revived(counts, sums, stream_key(self.seed, _REVIVAL, number))
             any_data = new_counts.sum() > 0
             self.counts.copy_(torch.where(any_data, counts, self.counts))
@@ -269,23 +271,19 @@ class ResidualVQCodec(Codec):
     def usage(self) -> dict[str, float]:
         """Mean perplexity of the codebooks and share of dead codes; waits for the device.
 
+        As the last update found them, before it revived the dead ones.
+
         Raises:
             RuntimeError: this end does not send.
         """
         self._only_the_sender("tell its usage")
-        return learning.usage(self.counts)
+        return learning.usage(self.counts if self._used is None else self._used)
 
     def error_bound(self, rows: Tensor) -> Tensor:
-        """How far each decoded number can be from the one sent, before out's dtype rounds it.
+        """See `Codec`.
 
         Nearest neighbour search leaves no more than ‖e‖ + min ‖c‖ of a vector e, in each round. So
         this holds for any codebook; how well one that is learned does is a matter of the data.
-
-        Args:
-            rows: [n, w], finite.
-
-        Returns:
-            [n, w] fp64.
         """
         scales, quotients = residual_search.normalised(rows)
         lengths = quotients.double().view(-1, self.groups, self.size).norm(dim=2)

@@ -81,14 +81,7 @@ class ScaledCodec(Codec):
         copy_clamped(values * self._spread(scales), out)
 
     def error_bound(self, rows: Tensor) -> Tensor:
-        """How far each decoded number can be from the one sent, before out's dtype rounds it.
-
-        Args:
-            rows: [n, w], finite.
-
-        Returns:
-            [n, w] fp64.
-        """
+        """See `Codec`: half a step of the code, or a whole one where rounding is random."""
         wide = rows.double()
         scales = (self._group_max(wide) / self.largest_code * _SCALE_SLACK).clamp(
             min=SMALLEST_SCALE
@@ -152,7 +145,8 @@ class IntegerCodec(ScaledCodec):
 
     Activations are rounded to the nearest, ties to even: |x̂ − x| ≤ s / 2. Gradients are rounded up
     or down at random, E[x̂] = x and |x̂ − x| < s: an error that repeats in each micro-batch would
-    add up over a step, one without bias averages out. The random numbers are a hash of seed,
+    add up over a step, one without bias averages out. (A model in bf16 or fp16 then rounds x̂ to its
+    dtype like any other number.) The random numbers are a hash of seed,
     payload number and place in the payload (mapl.codecs.counter_random). x / s itself is rounded to
     fp32, by less than 2⁻¹⁶.
     """

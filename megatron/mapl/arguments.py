@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def emulation_from_args(args: Any) -> EmulationConfig:
+def emulation_from_args(args: Any, *, cpu_mode: bool) -> EmulationConfig:
     """The emulated network; fills the namespace with what the user left out.
 
     Raises:
-        ValueError: a flag is out of range.
+        ValueError: a flag is out of range, or would have no effect.
     """
     given = {
         field.name: getattr(args, PREFIX + field.name, None) for field in fields(EmulationConfig)
@@ -55,10 +55,18 @@ def emulation_from_args(args: Any) -> EmulationConfig:
         setattr(args, PREFIX + name, value)
     config = EmulationConfig(**given)
     for name, value in given.items():
-        if value is not None and args.distributed_backend != "gloo":
+        if value is None:
+            continue
+        flag = f"--mapl-{name.replace('_', '-')} {value}"
+        if args.pipeline_model_parallel_size == 1:
             raise ValueError(
-                f"--mapl-{name.replace('_', '-')} {value} needs --distributed-backend gloo, not "
-                f"{args.distributed_backend}: transfers are delayed on the host"
+                f"{flag} has no effect without links between "
+                "stages; leave it out, or use --pipeline-model-parallel-size 2 or more"
+            )
+        if not cpu_mode:
+            raise ValueError(
+                f"{flag} delays what CPUs send each other; leave it out, or hide the GPUs to train "
+                "on the CPU (CUDA_VISIBLE_DEVICES=)"
             )
     return config
 
@@ -164,7 +172,8 @@ def split_ranks(args: Any, config: MaplConfig) -> int:
     """How many tensor-parallel ranks share the sending of one micro-batch."""
     size = int(args.tensor_model_parallel_size)
     splits = config.tensor_parallel_split and not args.sequence_parallel
-    return size if splits and args.seq_length % size == 0 else 1
+    tokens = args.seq_length // args.context_parallel_size
+    return size if splits and tokens % size == 0 else 1
 
 
 def receive_ahead(args: Any, config: MaplConfig) -> int:
@@ -225,7 +234,7 @@ def check_same_on_all_ranks(args: Any) -> None:
         if other == first:
             continue
         names = [name for name in first if first[name] != other[name]]
-        if first["mapl_rank"] is None or other["mapl_rank"] is None:
+        if (first["mapl_rank"] is None) != (other["mapl_rank"] is None):
             names = ["mapl_rank"]  # without it all others are unset
         differences = [
             f"--{name.replace('_', '-')} is {_said(first[name])} on rank 0 and "

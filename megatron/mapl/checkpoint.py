@@ -30,6 +30,8 @@ _OF_A_RUN = tuple(
         "log_interval",
         "checkpoint",
         "receive_ahead",
+        "tensor_parallel_split",
+        "projector_exchange",
         "emulate_bandwidth",
         "emulate_latency",
     )

@@ -50,15 +50,15 @@ def _through_fp32(
         keys: Any, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         dtype = args[0].dtype
-        if dtype not in dtypes:
+        if dtype not in dtypes or any(operand.dtype != dtype for operand in args[1:tensors]):
             if out is not None:
                 kwargs["out"] = out
             return original.call_boxed(keys, *args, **kwargs)
-        wide = [argument.float() for argument in args[:tensors]]
+        wide = [operand.float() for operand in args[:tensors]]
         if out is None:
             return original.call_boxed(keys, *wide, *args[tensors:], **kwargs).to(dtype)
-        result = torch.empty_like(out, dtype=torch.float32)
+        result = torch.empty(0)
         original.call_boxed(keys, *wide, *args[tensors:], **kwargs, out=result)
-        return out.copy_(result)
+        return out.resize_(result.shape).copy_(result)
 
     return product

@@ -98,17 +98,27 @@ class EmulatedConnection:
         self._say(_READY, peer, time.monotonic() + delay)
         return receiving
 
-    def close(self) -> None:
-        """Waits until all is sent.
+    def end(self) -> None:
+        """Tells the peer that this process receives nothing more; `close` waits for its word.
 
         Raises:
-            RuntimeError: a send failed.
+            RuntimeError: an earlier send failed.
+        """
+        if self._received_from is not None:
+            self._say(_END, self._received_from, time.monotonic())
+
+    def close(self) -> None:
+        """Waits until all is sent; to be called after `end` on all connections of this process.
+
+        Raises:
+            RuntimeError: a send failed, or the peer does not end.
         """
         try:
-            if self._received_from is not None:
-                self._say(_END, self._received_from, time.monotonic())
             if self._hearing is not None:
-                self._hearing.join()
+                self._hearing.join(self._timeout.total_seconds())
+                if self._hearing.is_alive():
+                    self._sender.fail(TimeoutError("timed out: the peer does not end"))
+                    self._sender.raise_if_failed()
             self._sender.close()
         finally:
             self._clock.close()

@@ -146,9 +146,13 @@ class LinkEmulation:
         sys.setswitchinterval(self._switch_seconds)
         while self._replaced:
             replace(p2p_communication, *self._replaced.popitem())
+        connections = dict.fromkeys(self._connections.values())
         with ExitStack() as closing:  # all of them, even if one raises
-            for connection in set(self._connections.values()):
+            for connection in connections:
                 closing.callback(connection.close)
+            # All are told before one is waited for: around a ring each would wait for the next.
+            for connection in connections:
+                connection.end()
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
         """Starts to send and receive; the caller may free or change what it sends at once.

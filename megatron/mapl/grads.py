@@ -46,7 +46,7 @@ def finalize(
         for port in (stage.inlet, stage.outlet):
             if port is not None:
                 _reduce_gradient(port, num_tokens, replicas, stage)
-                _update_codebooks(port, replicas, stage.groups.tp)
+                _update_codebooks(port, stage.groups.tp_dp_cp)
     if runtime.stages:
         exchange.run(runtime, replicas)
         runtime.guard.raise_if_faulty()
@@ -70,8 +70,10 @@ def _reduce_gradient(
         dist.all_reduce(gradient, group=stage.groups.tp)
 
 
-def _update_codebooks(port: Port, replicas: Any, tensor_parallel: Any) -> None:
+def _update_codebooks(port: Port, everyone: Any) -> None:
     """Moves the codebooks of the codec that encodes here by the data of all replicas.
+
+    One sum over all processes of the stage, so that all of them hold the same bits.
 
     Where tensor-parallel ranks hold the same tokens, each count is a multiple of the true one,
     which does not move a mean.
@@ -81,7 +83,6 @@ def _update_codebooks(port: Port, replicas: Any, tensor_parallel: Any) -> None:
             codec.update(None)
             continue
         statistics = codec.statistics()
-        for group in (replicas, tensor_parallel):
-            if group.size() > 1:
-                dist.all_reduce(statistics, group=group)
+        if everyone.size() > 1:
+            dist.all_reduce(statistics, group=everyone)
         codec.update(statistics)

@@ -237,7 +237,7 @@ def _place(runtime: MaplRuntime, config: Any, groups: Any) -> Place:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+    return list(module.state_dict(keep_vars=True).items())
 
 
 def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:

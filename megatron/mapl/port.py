@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mapl.channel import Channel, Share
-from mapl.codecs import ResidualVQCodec, Role, build_codec
+from mapl.codecs import CodecEnd, ResidualVQCodec, Role, build_codec
 from mapl.parcel import ParcelChannel
 from mapl.payload import Direction, PayloadLayout
 from mapl.projectors import PROJECTORS, Projector
@@ -104,8 +104,7 @@ class Port(nn.Module):
         ids_needed = config.anchor != "none" and (virtual or any(plan.ranks[boundary:]))
 
         def channel(direction: Direction, name: str, role: Role, *, sends: bool) -> Channel:
-            codec = build_codec(
-                name,
+            end = CodecEnd(
                 role=role,
                 width=plan.width(boundary),
                 dtype=runtime.pipeline_dtype,
@@ -116,6 +115,7 @@ class Port(nn.Module):
                 sender=place.sender,
                 sends=sends,
             )
+            codec = build_codec(name, end)
             layout = PayloadLayout(boundary, direction, vocab_size=runtime.vocab_size)
             ids = ids_needed and direction is Direction.FORWARD
             return Channel(layout, plan.width(boundary), codec, carries_ids=ids, share=place.tokens)

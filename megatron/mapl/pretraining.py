@@ -2,11 +2,13 @@
 """Composes a pretraining job: flags, mends, hooks, then Megatron's own training loop.
 
 Everything that is replaced in Megatron for the boundaries' sake stands in this file: in `run` what
-plain jobs need too, in `_hook_into_megatron` the rest. Mends of its faults stand in upstream.py and
-the stand-ins for a GPU in cpu.py.
+plain jobs need too, in `_hook_into_megatron` the rest. Emulated links replace Megatron's two
+functions that start transfers (`LinkEmulation.install`). Mends of its faults stand in upstream.py
+and the stand-ins for a GPU in cpu.py.
 """
 
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -63,7 +65,7 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     try:
         args = _parse(cpu_mode)
         model_config = gpt_config_from_args(args)
-        emulation = arguments.emulation_from_args(args)
+        emulation = arguments.emulation_from_args(args, cpu_mode=cpu_mode)
         runtime = _runtime(args, model_config)
     except ValueError as error:
         exit_with_error(error)
@@ -91,9 +93,12 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         )
         finish()
     except RuntimeError as error:
-        lost = str(error) if isinstance(error, PeerError) else lost_peer(error)
+        if isinstance(error, PeerError):
+            exit_without_peer(str(error))
+        lost = lost_peer(error)
         if lost is None:
             raise
+        traceback.print_exc()  # what it says of a peer was judged by its text
         exit_without_peer(lost)
 
 

@@ -43,6 +43,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
         attach(chunks, runtime)
         record["runtime"] = runtime
         record["start"] = projectors(runtime)
+        record["start_codebooks"] = codebooks(runtime)
         return chunks
 
     pretraining.model.attach = noting_attach

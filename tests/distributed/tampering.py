@@ -169,6 +169,20 @@ def stop_in_step_3(record: dict[str, Any]) -> None:
     _signal_in_step_3(signal.SIGSTOP)
 
 
+def count_emulated_sends(record: dict[str, Any]) -> None:
+    """No fault: notes how many messages a process has sent over an emulated link."""
+    from megatron.mapl.emulated_connection import EmulatedConnection
+
+    record["emulated_sends"] = 0
+    send = EmulatedConnection.send
+
+    def noting_send(self: EmulatedConnection, tensor: torch.Tensor, peer: int) -> Any:
+        record["emulated_sends"] += 1
+        return send(self, tensor, peer)
+
+    EmulatedConnection.send = noting_send  # type: ignore[method-assign]
+
+
 def count_posted_receives(record: dict[str, Any]) -> None:
     """No fault: notes how many receives a process has posted when it first waits for one."""
     from megatron.mapl.transfers import InFlight

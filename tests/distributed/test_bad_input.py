@@ -86,6 +86,11 @@ REFUSED = {
         "--mapl-rank 8 --mapl-forward-codec rvq --mapl-rvq-codes 2 --mapl-rvq-sync-entries 2",
         "--mapl-rvq-sync-entries 2: 2 processes .*use at most 1",
     ),
+    "emulated-without-links": (
+        ONE,
+        "--mapl-emulate-latency 5",
+        "--mapl-emulate-latency 5.0 has no effect without links .*leave it out",
+    ),
     "emulated-bandwidth": (
         TWO,
         "--mapl-emulate-bandwidth -5",

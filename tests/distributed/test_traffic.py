@@ -57,6 +57,18 @@ def test_tensor_parallel_ranks_share_the_sending(cluster: Cluster, codec: str) -
     )
 
 
+def test_ranks_that_send_alike_round_alike(cluster: Cluster) -> None:
+    """Without the split both tensor-parallel ranks hold the same gradients, drawn at random."""
+    codecs = "--mapl-forward-codec rvq --mapl-rvq-codes 16 --mapl-backward-codec int4"
+    result = cluster.run(4, TP4.command(MAPL, codecs, "--mapl-no-tensor-parallel-split"))
+    assert_sides_equal(result, 1, 4)
+    for stage in (0, 1):
+        first, second = (record["anchors"] for record in result.records[2 * stage :][:2])
+        for one, other in zip(first, second, strict=True):
+            assert one["E"].abs().max() > 0
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_a_sequence_that_does_not_divide_is_not_split(cluster: Cluster) -> None:
     more = "--seq-length 31 --max-position-embeddings 31"
     result = cluster.run(4, TP4.command(MAPL, more))
@@ -86,7 +98,11 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> Non
     network = "--mapl-emulate-latency 8 --mapl-emulate-bandwidth 10"
     for flags in (MAPL, ""):  # plain Megatron too
         fast = cluster.run_once(layout.world_size, layout.command(flags))
-        slow = cluster.run(layout.world_size, layout.command(flags, network))
+        slow = cluster.run(
+            layout.world_size, layout.command(flags, network), tamper="count_emulated_sends"
+        )
+        # All processes send each step's micro-batches, forward, back, or both; and evaluate.
+        assert all(record["emulated_sends"] >= 4 * 4 for record in slow.records)
         assert slow.losses == fast.losses
         assert slow.validation == fast.validation
         if not flags:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapl.codecs import CODECS, Codec, CodecSettings, ResidualVQCodec, Role, build_codec
+from mapl.codecs import CODECS, Codec, CodecEnd, CodecSettings, ResidualVQCodec, Role, build_codec
 from mapl.codecs.bits import pack_bits, unpack_bits
 from mapl.codecs.codebook_stream import CodebookStream
 from mapl.codecs.counter_random import gaussian, hash64, uniform
@@ -25,8 +25,7 @@ every_role = pytest.mark.parametrize("role", Role)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, device: str, **more) -> Codec:
-    codec = build_codec(
-        name,
+    end = CodecEnd(
         role=role,
         width=width,
         dtype=dtype,
@@ -34,7 +33,7 @@ def build(name: str, role: Role, width: int, dtype: torch.dtype, device: str, **
         settings=CodecSettings(rvq_order=more.pop("order", "round-robin")),
         **more,
     )
-    return codec.to(device)
+    return build_codec(name, end).to(device)
 
 
 def sample(width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -2,14 +2,16 @@
 """Codecs: one suite over all of them, then what the simple ones do alone."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from mapl.codecs import CODECS, Codec, CodecSettings, DtypeCodec, Role, build_codec
+from mapl.codecs import CODECS, Codec, CodecEnd, CodecSettings, DtypeCodec, Role, build_codec
 from mapl.codecs.casting import bf16_nearest, bf16_up
 from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
+from mapl.config import CodecName
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 28, 64, 65, 128]
@@ -22,7 +24,8 @@ every_role = pytest.mark.parametrize("role", Role)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, **more) -> Codec:
-    return build_codec(name, role=role, width=width, dtype=dtype, seed=5, settings=SETTINGS, **more)
+    end = CodecEnd(role=role, width=width, dtype=dtype, seed=5, settings=SETTINGS, **more)
+    return build_codec(name, end)
 
 
 def pair(name: str, role: Role, width: int, dtype: torch.dtype) -> tuple[Codec, Codec]:
@@ -230,7 +233,7 @@ def test_only_codebooks_have_a_state():
 
 
 def test_names():
-    assert list(CODECS) == ["pipeline", "fp8", "int8", "int4", "rvq"]
+    assert list(CODECS) == ["pipeline", "fp8", "int8", "int4", "rvq"] == [*get_args(CodecName)]
     with pytest.raises(ValueError, match="zip is unknown; use one of pipeline, fp8, int8"):
         build("zip", Role.ACTIVATION, 8, torch.float32)
     with pytest.raises(ValueError, match="shard 2 is not one of 2"):

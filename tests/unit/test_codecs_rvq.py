@@ -290,6 +290,15 @@ def test_dead_codes_come_back_and_all_are_used_alike():
     assert last["dead"] == 0 and last["perplexity"] > 12
 
 
+def test_usage_is_that_before_the_dead_codes_were_revived():
+    codec = build(small(rvq_groups=1, rvq_rounds=1, rvq_codes=16))
+    codec.codebook[:, :, 12:] = 100.0  # a quarter of them out of reach
+    rows = torch.randn(4000, 6, generator=seeded(1))
+    train(codec, [rows])
+    assert codec.usage()["dead"] == 0.25
+    assert (codec.counts > 0).all()
+
+
 @pytest.mark.parametrize("sync", ["streaming", "full"])
 def test_clusters_are_learned(sync):
     centres = torch.randn(12, 16, generator=seeded(5))

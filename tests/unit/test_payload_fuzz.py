@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapl.channel import Channel, Share
-from mapl.codecs import CODECS, CodecSettings, Role, build_codec
+from mapl.codecs import CODECS, CodecEnd, CodecSettings, Role, build_codec
 from mapl.payload import Direction, PayloadLayout, pack
 from mapl.payload_guard import PayloadError, PayloadGuard
 from mapl.traffic import Ledger
@@ -28,8 +28,7 @@ channels = st.tuples(
 
 def build(choice: Choice, *, sends: bool) -> Channel:
     name, role, dtype, vocabulary, ids, shards = choice
-    codec = build_codec(
-        name,
+    end = CodecEnd(
         role=role,
         width=WIDTH,
         dtype=dtype,
@@ -38,6 +37,7 @@ def build(choice: Choice, *, sends: bool) -> Channel:
         shards=shards,
         sends=sends,
     )
+    codec = build_codec(name, end)
     direction = Direction.FORWARD if role is Role.ACTIVATION else Direction.BACKWARD
     layout = PayloadLayout(2, direction, vocab_size=vocabulary)
     return Channel(layout, WIDTH, codec, carries_ids=ids, share=Share(0, shards))

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from mapl.codecs import CodecSettings
 from traffic_budget import Job, budget
 
 SMALL = Job(hidden_size=64, rank=8, vocab_size=256, micro_batch_tokens=64, step_tokens=128)
@@ -57,6 +58,15 @@ def test_codecs(codec: str, bits: int) -> None:
     assert total["latents"] == 2 * SMALL.step_tokens * SMALL.rank * bits // 8
     assert total["scales"] == 2 * SMALL.step_tokens * 2  # bf16, one for each token
     assert bool(total["codebook"]) == (codec == "rvq")
+
+
+def test_whole_codebooks_are_counted_where_they_cross_after_each_step() -> None:
+    job = dataclasses.replace(SMALL, forward_codec="rvq", replicas=2)
+    codecs = CodecSettings(rvq_groups=2, rvq_rounds=3, rvq_codes=16, rvq_sync="full")
+    full = budget(dataclasses.replace(job, codecs=codecs))["total"]
+    frozen = dataclasses.replace(codecs, rvq_sync="frozen")
+    assert full["codebook"] == 2 * 3 * 16 * 4 * 2  # [G, R, K, v] in bf16
+    assert budget(dataclasses.replace(job, codecs=frozen))["total"]["codebook"] == 0
 
 
 def test_micro_batches_that_do_not_fill_a_step() -> None:
