@@ -74,8 +74,10 @@ class EmulatedConnection:
             RuntimeError: an earlier send failed.
             ValueError: the tensor is not on the CPU.
         """
+        handed_over_at = time.monotonic()  # before the copy, which a real link would not make
         # A copy, since the last byte leaves, and `wait()` returns, before the real transfer starts.
-        sending = Sending(self._sender, _bytes_of(tensor).clone(), peer, self._timeout)
+        data = _bytes_of(tensor).clone()
+        sending = Sending(self._sender, data, peer, handed_over_at, self._timeout)
         if self._hearing is None:
             self._hearing = threading.Thread(target=self._hear, args=(peer,), daemon=True)
             self._hearing.start()
@@ -173,10 +175,15 @@ class Sending:
     """A send under way, in place of a `torch.distributed.Work`."""
 
     def __init__(
-        self, sender: DelayedSender, data: torch.Tensor, peer: int, timeout: timedelta
+        self,
+        sender: DelayedSender,
+        data: torch.Tensor,
+        peer: int,
+        handed_over_at: float,
+        timeout: timedelta,
     ) -> None:
         self.data, self.peer, self._timeout = data, peer, timeout
-        self.handed_over_at = time.monotonic()
+        self.handed_over_at = handed_over_at
         self.settled = threading.Event()
         self._sender = sender
         self._leaves_at = 0.0

@@ -7,6 +7,7 @@ its own rendezvous, as torchrun would have started it. Jobs arrive as files (see
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ def main(directory: Path) -> None:
 
     cpu.install()
     recorder.import_all()
+    # The children copy pages that they write to, and a collection writes to all objects.
+    gc.collect()
+    gc.freeze()
     (directory / f"ready.{rank}").touch()
     number = 0
     while not (directory / "stop").exists():
