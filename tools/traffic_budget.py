@@ -115,29 +115,29 @@ def _end(job: Job, role: Role, share: Share = WHOLE) -> CodecEnd:
 
 def _count_whole_codebooks(job: Job, ledger: Ledger) -> None:
     """With `--mapl-rvq-sync full` they cross after each step, else five times in a job."""
-    processes = job.tensor_model_parallel_size * job.replicas
     for direction, name, role in (
         (Direction.FORWARD_CODEBOOK, job.forward_codec, Role.ACTIVATION),
         (Direction.BACKWARD_CODEBOOK, job.backward_codec, Role.GRADIENT),
     ):
         codec = build_codec(name, _end(job, role))
-        if not isinstance(codec, ResidualVQCodec) or job.codecs.rvq_sync != "full":
-            continue
-        size, layout = codec.whole_bytes(), PayloadLayout(0, direction)
-        share = ParcelChannel(layout, "codebook", Share(0, processes)).layout_of(size)
-        whole = ParcelChannel(layout, "codebook").layout_of(size)
-        for _ in range(processes):
-            ledger.count(share, uncompressed=0, unsplit=whole.total_bytes)
+        if isinstance(codec, ResidualVQCodec) and job.codecs.rvq_sync == "full":
+            _count_parcels(job, ledger, direction, "codebook", codec.whole_bytes())
 
 
 def _count_projector(job: Job, ledger: Ledger) -> None:
-    """Both sides send their term: all processes that hold it their share."""
+    """Both sides send their term."""
     size = job.hidden_size * job.rank * _EXCHANGE[job.projector_exchange].itemsize
+    for _ in range(2):
+        _count_parcels(job, ledger, Direction.PROJECTOR, "projector", size)
+
+
+def _count_parcels(job: Job, ledger: Ledger, direction: Direction, kind: str, size: int) -> None:
+    """All processes that hold the same `size` bytes send their share."""
     processes = job.tensor_model_parallel_size * job.replicas
-    layout = PayloadLayout(0, Direction.PROJECTOR)
-    share = ParcelChannel(layout, "projector", Share(0, processes)).layout_of(size)
-    whole = ParcelChannel(layout, "projector").layout_of(size)
-    for _ in range(2 * processes):
+    layout = PayloadLayout(0, direction)
+    share = ParcelChannel(layout, kind, Share(0, processes)).layout_of(size)
+    whole = ParcelChannel(layout, kind).layout_of(size)
+    for _ in range(processes):
         ledger.count(share, uncompressed=0, unsplit=whole.total_bytes)
 
 

@@ -60,8 +60,8 @@ def emulation_from_args(args: Any, *, cpu_mode: bool) -> EmulationConfig:
         flag = f"--mapl-{name.replace('_', '-')} {value}"
         if args.pipeline_model_parallel_size == 1:
             raise ValueError(
-                f"{flag} has no effect without links between "
-                "stages; leave it out, or use --pipeline-model-parallel-size 2 or more"
+                f"{flag} has no effect without links between stages; leave it out, or use "
+                "--pipeline-model-parallel-size 2 or more"
             )
         if not cpu_mode:
             raise ValueError(

@@ -39,7 +39,7 @@ def test_receiving_ahead_is_the_default(cluster: Cluster) -> None:
     assert [record["posted_first"] for record in off.records] == [0, 0]
 
 
-@pytest.mark.parametrize("codec", ["pipeline", "int4"])
+@pytest.mark.parametrize("codec", ["pipeline", "int8", "int4"])
 def test_tensor_parallel_ranks_share_the_sending(cluster: Cluster, codec: str) -> None:
     """Each byte crosses once, and the losses are those of ranks that send all of it."""
     codecs = f"--mapl-forward-codec {codec} --mapl-backward-codec pipeline"
@@ -95,7 +95,7 @@ def test_the_exchange_in_bf16(cluster: Cluster, name: str) -> None:
 @pytest.mark.parametrize("name", ["pp4", "pp2-vpp2-overlapped", "tp2-pp2"])
 def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> None:
     layout = LAYOUTS[name]
-    network = "--mapl-emulate-latency 8 --mapl-emulate-bandwidth 10"
+    network = "--mapl-emulate-latency 20 --mapl-emulate-bandwidth 4"
     for flags in (MAPL, ""):  # plain Megatron too
         fast = cluster.run_once(layout.world_size, layout.command(flags))
         slow = cluster.run(
@@ -113,7 +113,7 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> Non
         kinds = slow.traffic["boundaries"][0]["forward"]
         senders = 2 if name == "tp2-pp2" else 1
         sent = sum(kinds[kind] for kind in KINDS) * 8 * senders / kinds["payloads"]
-        least = steps * max(2 * 0.008, sent * 8 / 10e6)
+        least = steps * max(2 * 0.020, sent * 8 / 4e6)
         assert slow.traffic["seconds"]["after_first_step"] >= least
 
 

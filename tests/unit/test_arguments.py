@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mapl.config import MaplConfig
-from megatron.mapl import errors
+from megatron.mapl import arguments, errors
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -308,3 +309,21 @@ def test_without_an_answer_from_torchrun_it_reports(
     }
     report(monkeypatch, torchrun)
     assert LINE in capsys.readouterr().err
+
+
+def test_emulated_links_are_for_the_cpu() -> None:
+    args = SimpleNamespace(pipeline_model_parallel_size=2, mapl_emulate_latency=5.0)
+    assert arguments.emulation_from_args(args, cpu_mode=True).emulate_latency == 5
+    with pytest.raises(ValueError, match=r"--mapl-emulate-latency 5.0 .*CUDA_VISIBLE_DEVICES="):
+        arguments.emulation_from_args(args, cpu_mode=False)
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(12, 1), (16, 4)])
+def test_a_context_parallel_part_is_split_if_it_divides(tokens: int, ranks: int) -> None:
+    args = SimpleNamespace(
+        tensor_model_parallel_size=4,
+        sequence_parallel=False,
+        seq_length=tokens,
+        context_parallel_size=2,
+    )
+    assert arguments.split_ranks(args, MaplConfig(rank=[8])) == ranks

@@ -74,7 +74,7 @@ def test_on_a_gpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 STAND_INS = """
 import os
 import torch
-from megatron.mapl import cpu, cpu_matmul
+from megatron.mapl import cpu
 
 assert cpu.install() is True
 assert torch.cuda.is_available() and torch.cuda.device_count() == 1
@@ -111,7 +111,7 @@ def test_stand_ins() -> None:
 @needs_no_gpu
 def test_a_moved_symbol_is_named() -> None:
     script = """
-from megatron.mapl import cpu, cpu_matmul
+from megatron.mapl import cpu
 cpu.install()
 import megatron.training.training as training
 del training.set_jit_fusion_options
