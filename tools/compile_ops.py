@@ -6,13 +6,13 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 
-import mapl.ops
+import mapl.ops.kernels
 from mapl.ops.ahead_of_time import Specialisation, compile_for
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Those that the modules of `mapl.ops` list."""
-    for module in pkgutil.iter_modules(mapl.ops.__path__, "mapl.ops."):
+    """Those that the modules of `mapl.ops.kernels` list."""
+    for module in pkgutil.iter_modules(mapl.ops.kernels.__path__, "mapl.ops.kernels."):
         yield from getattr(importlib.import_module(module.name), "SPECIALISATIONS", ())
 
 

@@ -27,7 +27,7 @@ def test_kernels_can_be_forced(monkeypatch):
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch):
     monkeypatch.setenv("MAPL_OPS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="MAPL_OPS=triton with a tensor on cpu.*=reference"):
+    with pytest.raises(RuntimeError, match=r"MAPL_OPS=triton with a tensor on cpu.*=reference"):
         use_triton(ON_CPU)
 
 
