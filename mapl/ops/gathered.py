@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEMMs over tokens whose left operand is in part gathered from a table, row by row.
+
+Both directions of a boundary are one of these (mapl.boundary):
+
+    Z = [X | E[ids]]·[A ; −P A]              X̂ = [Ẑ | E[ids]]·[Aᵀ ; P]
+
+Shapes: n tokens, a numbers a token of the left operand, table [V, k], m columns of the result.
+"""
+
+import torch
+from torch import Tensor
+
+from mapl.ops.dispatch import use_triton
+
+#: Up to this many columns each row of the left operand is loaded once or twice, and a kernel that
+#: gathers while it loads is the fastest. Above, cuBLAS is faster on operands put side by side.
+KERNEL_COLUMNS = 512
+
+
+def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """[left | table[ids]]·weight, accumulated in fp32.
+
+    Args:
+        left: [n, a], rows contiguous.
+        table: [V, k], contiguous, of left's dtype.
+        ids: [n] integers in 0 … V − 1; not checked.
+        weight: [a + k, m], contiguous, of left's dtype.
+
+    Returns:
+        [n, m], contiguous, of left's dtype.
+    """
+    if not _has_kernels(left):
+        return torch.mm(reference_side_by_side(left, table, ids), weight)
+    from mapl.ops.kernels import gathered
+
+    if weight.size(1) <= KERNEL_COLUMNS:
+        return gathered.gathered_mm(left, table, ids, weight)
+    return torch.mm(gathered.side_by_side(left, table, ids), weight)
+
+
+def reference_side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """[left | table[ids]], [n, a + k]."""
+    return torch.cat([left, table[ids.long()]], dim=1)
+
+
+def _has_kernels(left: Tensor) -> bool:
+    """16-bit numbers have; fp32 ones heed torch's own setting of matmul precision instead."""
+    return left.dtype.itemsize == 2 and use_triton(left)

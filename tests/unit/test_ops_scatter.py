@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding tokens' rows to a table: kernels against float64, and the same bits each time."""
+
+import pytest
+import torch
+
+from mapl.ops.scatter import TokenOrder, reference_scatter_add, scatter_add
+
+V = 300
+
+#: Runs of equal ids within a chunk of 32 tokens, over its ends, and over many chunks.
+IDS = {
+    "one token": torch.tensor([7]),
+    "all alike": torch.full((161,), V - 1),
+    "one chunk of one": torch.tensor([5] * 32 + [6] * 32),
+    "over an end": torch.tensor([1] * 20 + [2] * 20 + [3] * 60 + [4]),
+    "all different": torch.arange(100),
+    "few, mixed": torch.arange(200) * 7 % 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setenv("MAPL_OPS", "triton")
+
+
+def common_and_rare(n):
+    """As in text: some ids often, most of them hardly ever."""
+    return (torch.rand(n) ** 4 * V).long()
+
+
+@pytest.mark.parametrize("case", [*IDS, "like text"])
+@pytest.mark.parametrize("k", [1, 33, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_are_those_of_float64(case, k, dtype, device):
+    ids = IDS[case] if case in IDS else common_and_rare(500)
+    ids = ids[torch.randperm(len(ids))].to(device)
+    rows = torch.randn(len(ids), k + 5, device=device).to(dtype)[:, :k]
+    total = torch.randn(V, k, device=device)
+    exact = total.double().index_add_(0, ids, rows.double())
+    untouched = torch.ones(V, dtype=torch.bool).index_fill_(0, ids.cpu(), False)
+    before, reference = total.clone(), total.clone()
+    reference_scatter_add(reference, ids, rows)
+    scatter_add(total, TokenOrder(ids), rows)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(reference.double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(total[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("forced", ["triton", "reference"])
+def test_a_narrow_total_is_rounded_once(forced, device, monkeypatch):
+    monkeypatch.setenv("MAPL_OPS", forced)
+    ids = torch.zeros(400, dtype=torch.int64, device=device)
+    total = torch.ones(1, 8, dtype=torch.bfloat16, device=device)
+    # Each alone is lost beside 1 in bf16.
+    scatter_add(total, TokenOrder(ids), torch.full((400, 8), 2.0**-9, device=device))
+    assert torch.equal(total, torch.full_like(total, 1 + 400 * 2.0**-9))
+
+
+def test_same_bits_in_any_order_of_other_tokens(device):
+    """What a token adds up to depends on its own rows and their order alone."""
+    ids = common_and_rare(500).to(device)
+    rows = torch.randn(500, 64, device=device)
+    results = []
+    for _ in range(2):
+        total = torch.zeros(V, 64, device=device)
+        scatter_add(total, TokenOrder(ids), rows)
+        results.append(total)
+    assert torch.equal(*results)
+
+
+def test_ids_are_sorted_once(device):
+    order = TokenOrder(torch.tensor([3, 1, 3, 0], device=device))
+    ids, places = order.ascending
+    assert ids.tolist() == [0, 1, 3, 3] and places.tolist() == [3, 1, 0, 2]
+    assert order.ascending[0] is ids
