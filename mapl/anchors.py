@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mapl.coordinates import Coordinates
 from mapl.fp32 import keep_dtype
 from mapl.stiefel import random_stiefel
 
@@ -33,8 +33,8 @@ class Anchor(nn.Module):
     uses_ids: bool
     basis: Tensor | None
 
-    def forward(self, ids: Tensor) -> Tensor | None:
-        """Coordinates of the tokens.
+    def coordinates(self, ids: Tensor) -> Coordinates | None:
+        """Coordinates of the tokens, not gathered yet.
 
         Args:
             ids: token ids of any integer dtype and any shape, here [s, b].
@@ -47,6 +47,11 @@ class Anchor(nn.Module):
         """
         raise NotImplementedError
 
+    def forward(self, ids: Tensor) -> Tensor | None:
+        """The same, gathered. Autograd takes its gradient back to the table."""
+        coordinates = self.coordinates(ids)
+        return None if coordinates is None else coordinates.gathered()
+
 
 class NoAnchor(Anchor):
     """No anchor: Z = X·A."""
@@ -57,7 +62,7 @@ class NoAnchor(Anchor):
         super().__init__()
         self.basis = None
 
-    def forward(self, ids: Tensor) -> None:
+    def coordinates(self, ids: Tensor) -> None:
         """None, whatever the ids."""
         return None
 
@@ -95,9 +100,9 @@ class FactorizedAnchor(Anchor):
         rows = random_stiefel(hidden_size, anchor_rank, generator).mT.contiguous()
         self.register_buffer("basis", rows)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """C [*ids.shape, r_a]; E gets its gradient from the lookup's own backward."""
-        return _lookup(ids, self.E)
+    def coordinates(self, ids: Tensor) -> Coordinates:
+        """C [*ids.shape, r_a]."""
+        return Coordinates(self.E, ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         basis = self.basis
@@ -125,9 +130,9 @@ class FullAnchor(Anchor):
         self.E = nn.Parameter(torch.zeros(vocab_size, hidden_size))
         self.basis = None
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def coordinates(self, ids: Tensor) -> Coordinates:
         """C [*ids.shape, d]."""
-        return _lookup(ids, self.E)
+        return Coordinates(self.E, ids)
 
 
 class StaticAnchor(Anchor):
@@ -158,9 +163,9 @@ class StaticAnchor(Anchor):
         self.register_buffer("table", normal.mul_(std))
         self.basis = None
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def coordinates(self, ids: Tensor) -> Coordinates:
         """C [*ids.shape, d]; nothing here is trained."""
-        return _lookup(ids, self.table)
+        return Coordinates(self.table, ids)
 
 
 def _check_sizes(vocab_size: int, hidden_size: int) -> None:
@@ -169,12 +174,6 @@ def _check_sizes(vocab_size: int, hidden_size: int) -> None:
             f"an anchor needs a vocabulary and a hidden size of at least 1, "
             f"got {vocab_size} and {hidden_size}"
         )
-
-
-def _lookup(ids: Tensor, table: Tensor) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"token ids must be integers, got {ids.dtype}")
-    return F.embedding(ids.long(), table)
 
 
 _BUILDERS: dict[str, Callable[[int, int, int, torch.Generator], Anchor]] = {

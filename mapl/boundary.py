@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder and decoder of a boundary (arXiv 2606.05484), with hand-written backwards.
 
-    Z = (X − C P) A = X·A − C·(P A)              X̂ = Z Aᵀ + C P = [Z | C]·[Aᵀ ; P]
+    Z = (X − C P) A = [X | C]·[A ; −P A]              X̂ = Z Aᵀ + C P = [Z | C]·[Aᵀ ; P]
 
 X [s, b, d] activation, Z [s, b, r] latent, C [s, b, k] anchor coordinates (or None), P [k, d] basis
 with orthonormal rows (or None for the identity, k = d), A [d, r]. With a basis, no d-wide anchor
@@ -9,9 +9,9 @@ is ever written to memory. GEMMs run in the dtype of X; dA is accumulated in fp3
 GEMMs over tokens heed torch's float32 matmul precision; those of weights alone are always exact.
 
 C is the sender's own in ``encode`` and the receiver's own in ``decode``. Gradients reach the table
-behind it through autograd; dA goes to ``projector.accumulate`` instead, because it is summed over
-two stages before anyone may use it. If neither input requires a gradient there is no backward, and
-so no dA: a received latent must be a leaf with ``requires_grad``.
+behind it through autograd (see `mapl.coordinates`); dA goes to ``projector.accumulate`` instead,
+because it is summed over two stages before anyone may use it. If neither input requires a gradient
+there is no backward, and so no dA: a received latent must be a leaf with ``requires_grad``.
 """
 
 from typing import Any
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mapl.coordinates import Coordinates
 from mapl.fp32 import accumulation_dtype, full_precision, mm_wide
+from mapl.ops.gathered import gathered_mm
 from mapl.projectors import Projector
 
 
 def encode(
-    x: Tensor, coordinates: Tensor | None, basis: Tensor | None, projector: Projector
+    x: Tensor, coordinates: Coordinates | None, basis: Tensor | None, projector: Projector
 ) -> Tensor:
     """Z = X·A − C·(P A), on the sending stage.
 
@@ -33,7 +35,7 @@ def encode(
 
     Args:
         x: [s, b, d] in the model's dtype; kept for the backward if the projector learns.
-        coordinates: C [s, b, k], or None for no anchor.
+        coordinates: C [s, b, k], or None for no anchor; gathered while it is multiplied.
         basis: P [k, d], or None for the identity.
         projector: holds A [d, r] and takes dA.
 
@@ -45,14 +47,13 @@ def encode(
         ValueError: shapes that do not fit.
     """
     _check_shapes("encode's x", x, 0, coordinates, basis, projector)
-    if coordinates is not None:
-        coordinates = coordinates.to(x.dtype)
-    z: Tensor = _Encode.apply(x, coordinates, basis, projector.A, projector)
+    table = None if coordinates is None else coordinates.table.to(x.dtype)
+    z: Tensor = _Encode.apply(x, table, coordinates, basis, projector.A, projector)
     return z
 
 
 def decode(
-    z: Tensor, coordinates: Tensor | None, basis: Tensor | None, projector: Projector
+    z: Tensor, coordinates: Coordinates | None, basis: Tensor | None, projector: Projector
 ) -> Tensor:
     """X̂ = [Z | C]·[Aᵀ ; P], on the receiving stage.
 
@@ -71,15 +72,14 @@ def decode(
         ValueError: shapes that do not fit.
     """
     _check_shapes("decode's z", z, 1, coordinates, basis, projector)
-    if coordinates is not None:
-        coordinates = coordinates.to(z.dtype)
-    x: Tensor = _Decode.apply(z, coordinates, basis, projector.A, projector)
+    table = None if coordinates is None else coordinates.table.to(z.dtype)
+    x: Tensor = _Decode.apply(z, table, coordinates, basis, projector.A, projector)
     return x
 
 
 @torch.no_grad()
 def energy_kept(
-    x: Tensor, coordinates: Tensor | None, basis: Tensor | None, projector: Projector
+    x: Tensor, coordinates: Coordinates | None, basis: Tensor | None, projector: Projector
 ) -> Tensor:
     """‖Z‖² / ‖X − CP‖², the part of the anchored activation that the latent keeps.
 
@@ -104,10 +104,10 @@ def energy_kept(
         if coordinates is None:
             total, z = torch.linalg.vector_norm(rows).square(), rows @ a
         elif basis is None:
-            residual = rows - _rows(coordinates).to(wide)
+            residual = rows - coordinates.rows().to(wide)
             total, z = torch.linalg.vector_norm(residual).square(), residual @ a
         else:
-            c, p = _rows(coordinates).to(wide), basis.to(wide)
+            c, p = coordinates.rows().to(wide), basis.to(wide)
             squared_norm = torch.linalg.vector_norm(rows).square()
             total = squared_norm - 2 * (rows @ p.mT * c).sum() + c.square().sum()
             z = torch.addmm(rows @ a, c, p @ a, alpha=-1)
@@ -142,39 +142,47 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        coordinates: Tensor | None,
+        table: Tensor | None,
+        coordinates: Coordinates | None,
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
     ) -> Tensor:
-        z = x.new_empty(*x.shape[:-1], a.size(1))
-        z_rows = z.view(-1, a.size(1))
-        torch.mm(_rows(x), a.to(x.dtype), out=z_rows)
-        if coordinates is not None:
-            z_rows.addmm_(_rows(coordinates), _basis_times_a(basis, a, x.dtype), alpha=-1)
-        kept = (x, coordinates) if projector.learns else (None, None)
-        ctx.save_for_backward(*kept, basis, a)
-        ctx.projector = projector
-        return z
+        weight = projector.operands.get("encode", a, basis, x.dtype)
+        rows = _rows(x)
+        if table is None or coordinates is None:
+            z = torch.mm(rows, weight)
+        elif basis is None:
+            z = torch.mm(rows, weight).addmm_(coordinates.rows(table), weight, alpha=-1)
+        else:
+            z = gathered_mm(rows, table, coordinates.ids, weight)
+        ctx.save_for_backward(x if projector.learns else None, table, basis, a)
+        ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
+        ctx.last = coordinates is not None and coordinates.is_first_use()
+        return _reshaped(z, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, coordinates, basis, a = ctx.saved_tensors
-        needs_dx, needs_dc, *_ = ctx.needs_input_grad
-        dz_rows = _rows(dz)
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, table, basis, a = ctx.saved_tensors
+        needs_dx, needs_table, *_ = ctx.needs_input_grad
+        coordinates, d = ctx.coordinates, a.size(0)
+        dz_rows, down = _rows(dz), ctx.weight[: a.size(0)]
         if ctx.projector.learns:
             da = mm_wide(_rows(x).mT, dz_rows)
             if coordinates is not None:
-                anchored = mm_wide(_rows(coordinates).mT, dz_rows)
+                anchored = mm_wide(coordinates.rows(table).mT, dz_rows)
                 if basis is not None:
                     with full_precision(dz.device):
                         anchored = basis.to(anchored.dtype).mT @ anchored
                 da.sub_(anchored)
             ctx.projector.accumulate(da)
-        dx = dz @ a.to(dz.dtype).mT if needs_dx else None
-        dc = -(dz @ _basis_times_a(basis, a, dz.dtype).mT) if needs_dc else None
-        return dx, dc, None, None, None
+        dx = dz @ down.mT if needs_dx else None
+        dtable = None
+        if needs_table:
+            dc = -(dz_rows @ down.mT) if basis is None else dz_rows @ ctx.weight[d:].mT
+            dtable = coordinates.table_gradient(table, dc, last=ctx.last)
+        return dx, dtable, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -182,36 +190,52 @@ class _Decode(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: Tensor,
-        coordinates: Tensor | None,
+        table: Tensor | None,
+        coordinates: Coordinates | None,
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
     ) -> Tensor:
-        x = z.new_empty(*z.shape[:-1], a.size(0))
-        x_rows, z_rows, up = x.view(-1, a.size(0)), _rows(z), a.to(z.dtype).mT
-        if coordinates is None:
-            torch.mm(z_rows, up, out=x_rows)
+        weight = projector.operands.get("decode", a, basis, z.dtype)
+        rows = _rows(z)
+        if table is None or coordinates is None:
+            x = torch.mm(rows, weight)
         elif basis is None:
-            torch.addmm(_rows(coordinates), z_rows, up, out=x_rows)
+            x = torch.addmm(coordinates.rows(table), rows, weight)
         else:
-            latent = torch.cat([z_rows, _rows(coordinates)], dim=1)
-            torch.mm(latent, torch.cat([up, basis.to(z.dtype)]), out=x_rows)
-        ctx.save_for_backward(z if projector.learns else None, basis, a)
-        ctx.projector = projector
-        return x
+            x = gathered_mm(rows, table, coordinates.ids, weight)
+        ctx.save_for_backward(z if projector.learns else None, table, basis, a)
+        ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
+        ctx.last = coordinates is not None and coordinates.is_first_use()
+        return _reshaped(x, z)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        z, basis, a = ctx.saved_tensors
-        needs_dz, needs_dc, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        z, table, basis, a = ctx.saved_tensors
+        needs_dz, needs_table, *_ = ctx.needs_input_grad
+        dx_rows, r = _rows(dx), a.size(1)
         if ctx.projector.learns:
-            ctx.projector.accumulate(mm_wide(_rows(dx).mT, _rows(z)))
-        dz = dx @ a.to(dx.dtype) if needs_dz else None
-        dc = None
-        if needs_dc:
-            dc = dx if basis is None else dx @ basis.to(dx.dtype).mT
-        return dz, dc, None, None, None
+            ctx.projector.accumulate(mm_wide(dx_rows.mT, _rows(z)))
+        dc, dtable = dx_rows, None
+        if basis is not None and needs_table:
+            both = dx_rows @ ctx.weight.mT  # one pass over dX̂ gives [dZ | dC]
+            dz, dc = both[:, :r].contiguous(), both[:, r:]
+        else:
+            dz = dx_rows @ ctx.weight[:r].mT
+        if needs_table:
+            dtable = ctx.coordinates.table_gradient(table, dc, last=ctx.last)
+        return _reshaped(dz, dx) if needs_dz else None, dtable, None, None, None, None
+
+
+def _reshaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[tokens, n] as [..., n], with the leading sizes of `like`.
+
+    To autograd it is no view, so that Megatron may free its storage once it has been sent.
+    """
+    shape = (*like.shape[:-1], rows.size(-1))
+    result: Tensor = torch.ops.aten._unsafe_view(rows, shape)
+    return result
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -219,19 +243,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.size(-1))
 
 
-def _basis_times_a(basis: Tensor | None, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """P A [k, r], formed in fp32 before it is rounded to the model's dtype."""
-    if basis is None:
-        return a.to(dtype)
-    with full_precision(a.device):
-        return (basis.to(a.dtype) @ a).to(dtype)
-
-
 def _check_shapes(
     name: str,
     tensor: Tensor,
     side: int,
-    coordinates: Tensor | None,
+    coordinates: Coordinates | None,
     basis: Tensor | None,
     projector: Projector,
 ) -> None:

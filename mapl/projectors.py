@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mapl.fp32 import keep_dtype
+from mapl.operands import Operands
 from mapl.spel import spel_step
 from mapl.stiefel import msign, random_stiefel
 
@@ -34,6 +35,7 @@ class Projector(nn.Module):
         skipped_steps: 0-dim int64 on A's device, steps skipped since construction. Not in the
             state dict.
         learns: whether A moves at all. If not, no dA need be formed.
+        operands: what the GEMMs over tokens multiply by, for A as it is now.
 
     Raises:
         ValueError: not 1 ≤ rank ≤ hidden_size.
@@ -49,6 +51,7 @@ class Projector(nn.Module):
         self.A = nn.Parameter(random_stiefel(hidden_size, rank, generator), requires_grad=False)
         self.grad = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.A.device)
+        self.operands = Operands()
 
     def accumulate(self, dA: Tensor) -> None:
         """Add one micro-batch's part of dA, [d, r] fp32."""
@@ -56,6 +59,7 @@ class Projector(nn.Module):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Start a new sum of dA. The accumulator stays allocated, whatever ``set_to_none`` says."""
+        self.operands.clear()
         if self.grad is not None:
             self.grad.zero_()
 

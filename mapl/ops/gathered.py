@@ -31,12 +31,20 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
         [n, m], contiguous, of left's dtype.
     """
     if not _has_kernels(left):
-        return torch.mm(reference_side_by_side(left, table, ids), weight)
+        return reference_gathered_mm(left, table, ids, weight)
     from mapl.ops.kernels import gathered
 
     if weight.size(1) <= KERNEL_COLUMNS:
         return gathered.gathered_mm(left, table, ids, weight)
     return torch.mm(gathered.side_by_side(left, table, ids), weight)
+
+
+def reference_gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """The same in plain torch, without a copy of a left operand wider than the result."""
+    if left.size(1) < weight.size(1):
+        return torch.mm(reference_side_by_side(left, table, ids), weight)
+    over_left, over_table = weight.split([left.size(1), table.size(1)])
+    return torch.mm(left, over_left).addmm_(table[ids.long()], over_table)
 
 
 def reference_side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:

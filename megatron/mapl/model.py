@@ -10,7 +10,7 @@ end of the one that it sends to (outlet). Two hooks around the chunk's forward p
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -21,6 +21,7 @@ from torch import nn
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept
 from mapl.channel import WHOLE, Channel, Share
+from mapl.coordinates import Coordinates
 from megatron.mapl.port import PAYLOAD, Place, Port, private_generator, take_payload
 from megatron.mapl.runtime import MaplRuntime
 
@@ -86,6 +87,7 @@ class StageBoundaries(nn.Module):
         self.table_readers: dict[str, int] = {}
         self._runtime = runtime
         self._ids: torch.Tensor | None = None
+        self._shared_coordinates: Coordinates | None = None
 
     @property
     def _token_bytes(self) -> int:
@@ -100,7 +102,7 @@ class StageBoundaries(nn.Module):
 
     def start(self, input_ids: torch.Tensor) -> None:
         """First stage: keeps the micro-batch's ids for the outlet."""
-        self._ids = self.local_ids(input_ids)
+        self._set_ids(self.local_ids(input_ids))
 
     def receive(self, latent: torch.Tensor) -> torch.Tensor:
         """Decodes what arrived at the inlet.
@@ -115,7 +117,7 @@ class StageBoundaries(nn.Module):
         assert port is not None
         payload = take_payload(latent, f"boundary {port.boundary}, forward")
         payloads = self._gathered(port.forward_channel, payload)
-        self._ids = port.forward_channel.unpack(payloads, latent, self._runtime.guard)
+        self._set_ids(port.forward_channel.unpack(payloads, latent, self._runtime.guard))
         if latent.requires_grad and torch.is_grad_enabled():
             latent.register_post_accumulate_grad_hook(self._pack_gradient)
         if port.projector is None:
@@ -144,14 +146,20 @@ class StageBoundaries(nn.Module):
         setattr(latent, PAYLOAD, payload)
         if latent.requires_grad:
             latent.register_hook(self._unpack_gradient)
-        self._ids = None
+        self._set_ids(None)
         return latent
 
-    def _coordinates(self) -> torch.Tensor | None:
+    def _coordinates(self) -> Coordinates | None:
+        """Those of the micro-batch that is in this stage; its decoder and encoder share them."""
         if not self.anchor.uses_ids:
             return None
-        assert self._ids is not None
-        return cast(torch.Tensor, self.anchor(self._ids))
+        if self._shared_coordinates is None:
+            assert self._ids is not None
+            self._shared_coordinates = self.anchor.coordinates(self._ids)
+        return self._shared_coordinates
+
+    def _set_ids(self, ids: torch.Tensor | None) -> None:
+        self._ids, self._shared_coordinates = ids, None
 
     def _pack_gradient(self, latent: torch.Tensor) -> None:
         port, gradient = self.inlet, latent.grad

@@ -41,8 +41,8 @@ def train_once(device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = torch.randn(*TOKENS, HIDDEN, generator=generator).to(device, dtype).requires_grad_()
     ids = torch.randint(0, VOCABULARY, TOKENS, generator=generator).to(device)
     upstream = torch.randn(*TOKENS, HIDDEN, generator=generator).to(device, dtype)
-    z = encode(x, anchor(ids), anchor.basis, projector)
-    decode(z, anchor(ids), anchor.basis, projector).backward(upstream)
+    z = encode(x, anchor.coordinates(ids), anchor.basis, projector)
+    decode(z, anchor.coordinates(ids), anchor.basis, projector).backward(upstream)
     gradient = projector.grad.clone()
     assert projector.step(0.01)
     results = {"z": z, "dx": x.grad, "dE": anchor.E.grad, "dA": gradient, "A": projector.A}
@@ -109,11 +109,11 @@ def test_the_whole_way_does_not_wait_for_the_device() -> None:
         )
     torch.cuda.set_sync_debug_mode("error")
     try:
-        z = encode(x, anchor(ids), anchor.basis, projector)
+        z = encode(x, anchor.coordinates(ids), anchor.basis, projector)
         payload = ends[0].pack(z, ids, ledger, 0)
         latent = torch.empty_like(z, requires_grad=True)
         got = ends[1].unpack([payload], latent, guard)
-        decode(latent, anchor(got), anchor.basis, projector).sum().backward()
+        decode(latent, anchor.coordinates(got), anchor.basis, projector).sum().backward()
         z.backward(latent.grad)
         projector.step(0.01)
     finally:

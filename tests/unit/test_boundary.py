@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept, principal_angles
+from mapl.coordinates import Coordinates
 from mapl.projectors import PROJECTORS, FixedProjector, LearnedProjector
 from mapl.stiefel import random_stiefel
 
@@ -50,12 +51,15 @@ class Case:
         self.x = normal(self.s, self.b, self.d, seed=7, dtype=dtype)
         self.z = normal(self.s, self.b, self.r, seed=8, dtype=dtype)
 
+    def coordinates(self):
+        return self.anchor.coordinates(self.ids)
+
     def encode(self, x, coordinates=None):
-        coordinates = self.anchor(self.ids) if coordinates is None else coordinates
+        coordinates = self.coordinates() if coordinates is None else coordinates
         return encode(x, coordinates, self.anchor.basis, self.projector)
 
     def decode(self, z, coordinates=None):
-        coordinates = self.anchor(self.ids) if coordinates is None else coordinates
+        coordinates = self.coordinates() if coordinates is None else coordinates
         return decode(z, coordinates, self.anchor.basis, self.projector)
 
     def wide_anchor(self, dtype=torch.float64):
@@ -119,11 +123,12 @@ def test_gradients_against_finite_differences(size, kind, direction):
     case = Case(size, kind)
     call = getattr(case, direction)
     start = (case.x if direction == "encode" else case.z).clone().requires_grad_()
-    coordinates = case.anchor(case.ids)
-    if coordinates is None:
+    gathered = case.anchor(case.ids)
+    if gathered is None:
         assert torch.autograd.gradcheck(call, (start,))
     else:
-        assert torch.autograd.gradcheck(call, (start, coordinates.detach().requires_grad_()))
+        inputs = (start, gathered.detach().requires_grad_())
+        assert torch.autograd.gradcheck(lambda x, c: call(x, Coordinates.of(c)), inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +213,7 @@ def test_coordinates_of_another_dtype_get_their_own_gradient():
     case = Case(SIZES[0], "factorized", dtype=torch.float32)
     x = case.x.bfloat16().requires_grad_()
     coordinates = case.anchor(case.ids).detach().requires_grad_()
-    case.encode(x, coordinates).sum().backward()
+    case.encode(x, Coordinates.of(coordinates)).sum().backward()
     assert coordinates.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
 
 
@@ -240,16 +245,61 @@ def test_latent_may_be_freed_once_sent(kind):
     torch.testing.assert_close(case.projector.grad, expected)
 
 
+@pytest.mark.parametrize("kind", ["factorized", "full"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_go_to_main_grad_where_there_is_one(kind, dtype):
+    """As under Megatron's DDP: a stage's decoder and encoder share the table and the tokens."""
+
+    def step(case):
+        coordinates = case.coordinates()
+        x = case.decode(case.z.clone().requires_grad_(), coordinates)
+        layers = normal(*x.shape, seed=12, dtype=x.dtype)  # else both gradients cancel
+        case.encode(x * layers, coordinates).sum().backward()
+
+    plain = Case((8, 2, 12, 5, 7), kind, dtype=torch.float64)
+    step(plain)
+    case = Case((8, 2, 12, 5, 7), kind, dtype=dtype)
+    table = case.anchor.E
+    table.main_grad, table.grad_added_to_main_grad = torch.ones(table.shape), False
+    told = []
+    table.register_post_accumulate_grad_hook(lambda p: told.append(p.grad.shape))
+    step(case)
+    assert table.grad_added_to_main_grad and told == [table.shape]
+    added = (table.main_grad - 1).double()
+    tolerance = {torch.float64: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    assert (added - plain.anchor.E.grad).norm() < tolerance * plain.anchor.E.grad.norm()
+
+
+def test_operands_follow_the_projector():
+    case = Case(SIZES[0], "factorized", dtype=torch.float32)
+    case.encode(case.x), case.decode(case.z)
+    for change in (
+        lambda: case.projector.step(0.1),
+        lambda: case.projector.load_state_dict(case.projector.state_dict()),
+        lambda: (  # behind autograd's back, as a collective may, but not within a step
+            case.projector.zero_grad(),
+            case.projector.A.data.copy_(random_stiefel(case.d, case.r, seeded(8))),
+        ),
+    ):
+        case.projector.accumulate(normal(case.d, case.r, seed=11, dtype=torch.float32))
+        change()
+        a, anchor = case.projector.A, case.wide_anchor(torch.float32)
+        torch.testing.assert_close(case.encode(case.x), (case.x - anchor) @ a)
+        torch.testing.assert_close(case.decode(case.z), case.z @ a.mT + anchor)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_not_mutated(kind):
     case = Case(SIZES[0], kind)
-    coordinates = case.anchor(case.ids)
-    tensors = [case.x, case.z, case.projector.A.data]
-    tensors += [t for t in (coordinates, case.anchor.basis) if t is not None]
+    gathered = case.anchor(case.ids)
+    tensors = [case.x, case.z, case.projector.A.data, *case.anchor.state_dict().values()]
+    if gathered is not None:
+        tensors.append(gathered)
     before = [t.detach().clone() for t in tensors]
-    case.encode(case.x.requires_grad_(), coordinates).sum().backward()
-    coordinates = case.anchor(case.ids)
-    case.decode(case.z.requires_grad_(), coordinates).sum().backward()
+    for call, start in ((case.encode, case.x), (case.decode, case.z)):
+        given = None if gathered is None else Coordinates.of(gathered.detach())
+        call(start.requires_grad_(), given).sum().backward()
+        call(start).sum().backward()
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
@@ -268,12 +318,8 @@ def test_a_fixed_projector_forms_no_gradient_and_keeps_no_activation(kind):
     case = Case(SIZES[0], kind, projector="fixed")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        z = encode(
-            case.x.requires_grad_(), case.anchor(case.ids), case.anchor.basis, case.projector
-        )
-        x = decode(
-            case.z.requires_grad_(), case.anchor(case.ids), case.anchor.basis, case.projector
-        )
+        z = encode(case.x.requires_grad_(), case.coordinates(), case.anchor.basis, case.projector)
+        x = decode(case.z.requires_grad_(), case.coordinates(), case.anchor.basis, case.projector)
     kept = {t.data_ptr() for t in saved}
     assert case.x.data_ptr() not in kept and case.z.data_ptr() not in kept
     z.sum().backward()
@@ -325,7 +371,7 @@ def test_no_wide_anchor_is_written_to_memory():
     with WideAllocations(wide, [x, dx, activation]) as decode_backward:
         activation.backward(dx)
     with WideAllocations(wide, [x]) as energy:
-        energy_kept(x, case.anchor(case.ids), case.anchor.basis, case.projector)
+        energy_kept(x, case.coordinates(), case.anchor.basis, case.projector)
     # Only dX and X̂ are allowed to be d wide.
     counts = [
         len(mode.keep_alive)
@@ -351,7 +397,7 @@ def test_energy_kept(size, kind, projector):
             case.anchor.basis = torch.linalg.qr(case.anchor.basis.double().mT).Q.mT
         residual = case.x.double() - case.wide_anchor()
         expected = (residual @ case.projector.A.double()).square().sum() / residual.square().sum()
-        kept = energy_kept(case.x, case.anchor(case.ids), case.anchor.basis, case.projector)
+        kept = energy_kept(case.x, case.coordinates(), case.anchor.basis, case.projector)
         assert kept.ndim == 0 and not kept.requires_grad and kept.dtype == dtype
         assert kept.item() == pytest.approx(expected.item(), rel=tolerance)
 
@@ -360,7 +406,7 @@ def test_energy_kept_of_a_16_bit_model_is_fp32():
     case = Case((16, 4, 32, 8, 12), "factorized", dtype=torch.bfloat16)
     residual = case.x.double() - case.wide_anchor()
     expected = (residual @ case.projector.A.double()).square().sum() / residual.square().sum()
-    kept = energy_kept(case.x, case.anchor(case.ids), case.anchor.basis, case.projector)
+    kept = energy_kept(case.x, case.coordinates(), case.anchor.basis, case.projector)
     assert kept.dtype == torch.float32 and kept.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -411,6 +457,9 @@ def test_principal_angles_of_known_subspaces():
 )
 def test_shape_errors(call, tensor, coordinates, basis, match):
     projector = LearnedProjector(8, 4, seeded())
-    anchors = [None if shape is None else torch.zeros(shape) for shape in (coordinates, basis)]
+    anchors = [
+        None if coordinates is None else Coordinates.of(torch.zeros(coordinates)),
+        None if basis is None else torch.zeros(basis),
+    ]
     with pytest.raises(ValueError, match=match):
         call(torch.zeros(tensor), *anchors, projector)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchor coordinates C = table[ids] of a micro-batch's tokens, gathered where they are used.
+
+The gradient of the table is summed over equal ids the same way every time (mapl.ops.scatter). If
+the table has a `main_grad`, as parameters have under Megatron's DDP, it is added right there, in
+that buffer's dtype: the dense gradient, V rows for the few that a micro-batch has tokens of, is
+then neither formed nor added.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mapl.ops.scatter import TokenOrder, scatter_add
+
+
+class Coordinates:
+    """Those of one micro-batch at one stage, whose decoder and encoder share them.
+
+    Args:
+        table: [V, k].
+        ids: integers of any shape.
+
+    Attributes:
+        table: as given.
+        shape: that of C.
+        ids: int64 [n], flat.
+
+    Raises:
+        ValueError: ids that are not integers.
+    """
+
+    def __init__(self, table: Tensor, ids: Tensor) -> None:
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"token ids must be integers, got {ids.dtype}")
+        self.table, self.shape = table, (*ids.shape, table.size(1))
+        self.ids = ids.flatten().long()
+        self._order = TokenOrder(self.ids)
+        self._used = False
+
+    @classmethod
+    def of(cls, c: Tensor) -> "Coordinates":
+        """Coordinates that were gathered before, [..., k]."""
+        ids = torch.arange(c.numel() // c.size(-1), device=c.device)
+        return cls(c.reshape(-1, c.size(-1)), ids.view(c.shape[:-1]))
+
+    def gathered(self) -> Tensor:
+        """C in its shape; autograd takes its gradient back to the table."""
+        return F.embedding(self.ids, self.table).view(self.shape)
+
+    def rows(self, table: Tensor | None = None) -> Tensor:
+        """C as a matrix [n, k], of the table or of a cast of it; no gradient."""
+        return F.embedding(self.ids, (self.table if table is None else table).detach())
+
+    def is_first_use(self) -> bool:
+        """Whether nobody has asked before. The first use in a forward pass is last in backward."""
+        first, self._used = not self._used, True
+        return first
+
+    def table_gradient(self, table: Tensor, dc: Tensor, *, last: bool) -> Tensor | None:
+        """What an autograd Function returns for the table.
+
+        Args:
+            table: the table, or a cast of it, as the Function got it.
+            dc: gradient of C, [n, k].
+            last: whether no other use of these coordinates comes later in this backward pass.
+
+        Returns:
+            The dense gradient [V, k]. If it was added to `main_grad` instead, a tensor without
+            meaning the last time, since whoever owns the buffer waits for one, and None before.
+        """
+        main_grad = getattr(self.table, "main_grad", None)
+        if main_grad is None or table is not self.table:
+            gradient = torch.zeros_like(table)
+            scatter_add(gradient, self._order, dc)
+            return gradient
+        scatter_add(main_grad, self._order, dc)
+        self.table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(table) if last else None
