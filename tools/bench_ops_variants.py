@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to write a boundary's encoder and decoder, ours and what it is compared with.
+
+Each is a pair of steps, forward and backward of one micro-batch, that leave the same results: Z and
+X̂, dX and dẐ, dA added to an fp32 buffer, dE added to an fp32 buffer [V, k].
+
+- ours: `mapl.boundary`.
+- eager: the formula as written in METHOD's terms, (X − E[ids] P) A and Ẑ Aᵀ + E[ids] P, under
+  autograd. The dense gradient of E is added to the buffer, as Megatron's DDP does.
+- compiled: the same through torch.compile.
+- by hand: gather, concatenate, one cuBLAS GEMM; backwards written out; index_add_ for E.
+
+Shapes: N tokens, d hidden size, r rank, k anchor rank, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mapl.anchors import FactorizedAnchor
+from mapl.boundary import decode, encode
+from mapl.projectors import LearnedProjector
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One point of the grid."""
+
+    n: int
+    d: int
+    r: int
+    k: int
+    v: int
+
+    def __str__(self) -> str:
+        return f"d={self.d} r={self.r} r_a={self.k} V={self.v}"
+
+
+class Boundary:
+    """Parameters of one side, and the fp32 buffers of their gradients."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.shape, self.dtype = shape, dtype
+        # Random numbers in place of an orthonormal A and P, which take long to draw at this size.
+        self.projector = LearnedProjector(1, 1, generator).cuda()
+        a = torch.randn(shape.d, shape.r, device="cuda") / shape.d**0.5
+        self.projector.A = torch.nn.Parameter(a, requires_grad=False)
+        self.projector.grad = torch.zeros_like(a)
+        self.anchor = FactorizedAnchor(shape.v, shape.k, shape.k, generator).cuda()
+        self.anchor.basis = torch.randn(shape.k, shape.d, device="cuda") / shape.d**0.5
+        self.anchor.to(dtype)
+        table = self.anchor.E
+        torch.nn.init.normal_(table)
+        self.main_grad = torch.zeros(table.shape, device="cuda")
+        table.main_grad, table.grad_added_to_main_grad = self.main_grad, False  # type: ignore
+
+    def zero(self) -> None:
+        """Starts new sums of gradients."""
+        self.projector.zero_grad()
+        self.main_grad.zero_()
+
+
+@dataclass
+class Batch:
+    """What one micro-batch brings, [N, d] and [N, r]."""
+
+    x: Tensor
+    z: Tensor
+    dx: Tensor
+    dz: Tensor
+    ids: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> "Batch":
+        """Fresh numbers; ids are uniform over the vocabulary, the hardest case for the table."""
+        x, dx = (torch.randn(shape.n, shape.d, device="cuda", dtype=dtype) for _ in range(2))
+        z, dz = (torch.randn(shape.n, shape.r, device="cuda", dtype=dtype) for _ in range(2))
+        ids = torch.randint(0, shape.v, (shape.n,), device="cuda")
+        return cls(x.requires_grad_(), z.requires_grad_(), dx, dz, ids)
+
+
+#: Forward of a direction; what it returns has a `backward` of its own.
+Forward = Callable[[Boundary, Batch], Tensor]
+
+
+def ours_encode(boundary: Boundary, batch: Batch) -> Tensor:
+    """See `mapl.boundary.encode`."""
+    coordinates = boundary.anchor.coordinates(batch.ids)
+    return encode(batch.x, coordinates, boundary.anchor.basis, boundary.projector)
+
+
+def ours_decode(boundary: Boundary, batch: Batch) -> Tensor:
+    """See `mapl.boundary.decode`."""
+    coordinates = boundary.anchor.coordinates(batch.ids)
+    return decode(batch.z, coordinates, boundary.anchor.basis, boundary.projector)
+
+
+def _formula_encode(x: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
+    return (x - F.embedding(ids, table) @ basis.to(x.dtype)) @ a.to(x.dtype)
+
+
+def _formula_decode(z: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
+    return z @ a.to(z.dtype).mT + F.embedding(ids, table) @ basis.to(z.dtype)
+
+
+class _Leaves:
+    """A and E as leaves whose gradients autograd forms and the buffers take."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.boundary = boundary
+        self.a = boundary.projector.A.detach().requires_grad_()
+        self.table = boundary.anchor.E.detach().requires_grad_()
+
+    def take(self) -> None:
+        assert self.a.grad is not None and self.table.grad is not None
+        self.boundary.projector.grad.add_(self.a.grad)
+        self.boundary.main_grad.add_(self.table.grad)
+        self.a.grad = self.table.grad = None
+
+
+def step(variant: str, direction: str, boundary: Boundary, batch: Batch) -> Callable[[], Tensor]:
+    """Forward and backward of one micro-batch, as a function without arguments.
+
+    It returns Z or X̂; gradients of `batch.x` or `batch.z` are replaced, those of A and E added.
+    """
+    start = batch.x if direction == "encode" else batch.z
+    upstream = batch.dz if direction == "encode" else batch.dx
+    run = forward(variant, direction, boundary, batch)
+
+    def whole() -> Tensor:
+        start.grad = None
+        out = run()
+        out.backward(upstream)
+        if run.leaves is not None:  # type: ignore[attr-defined]
+            run.leaves.take()  # type: ignore[attr-defined]
+        return out.detach()
+
+    return whole
+
+
+def forward(variant: str, direction: str, boundary: Boundary, batch: Batch) -> Callable[[], Tensor]:
+    """The forward pass alone, as a function without arguments."""
+    encoding = direction == "encode"
+    leaves = None
+    if variant == "ours":
+        ours = ours_encode if encoding else ours_decode
+        call = lambda: ours(boundary, batch)  # noqa: E731
+    elif variant == "by hand":
+        hand = _HandEncode if encoding else _HandDecode
+        start = batch.x if encoding else batch.z
+        call = lambda: hand.apply(start, batch.ids, boundary)  # noqa: E731
+    else:
+        leaves = _Leaves(boundary)
+        formula: Callable[..., Tensor] = _formula_encode if encoding else _formula_decode
+        if variant == "compiled":
+            formula = torch.compile(formula, dynamic=False)
+        start, basis = (batch.x if encoding else batch.z), boundary.anchor.basis
+        call = lambda: formula(start, batch.ids, leaves.table, basis, leaves.a)  # noqa: E731
+    call.leaves = leaves  # type: ignore[attr-defined]
+    return call
+
+
+class _HandEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, boundary):  # type: ignore[no-untyped-def]
+        a, table = boundary.projector.A.to(x.dtype), boundary.anchor.E.detach()
+        basis_a = (boundary.anchor.basis @ boundary.projector.A).to(x.dtype)
+        ctx.save_for_backward(x, ids, a, basis_a)
+        ctx.boundary = boundary
+        return (x @ a).addmm_(table[ids], basis_a, alpha=-1)
+
+    @staticmethod
+    def backward(ctx, dz):  # type: ignore[no-untyped-def]
+        x, ids, a, basis_a = ctx.saved_tensors
+        boundary = ctx.boundary
+        c = boundary.anchor.E.detach()[ids]
+        da = torch.mm(x.mT, dz, out_dtype=torch.float32)
+        da.addmm_(boundary.anchor.basis.mT, torch.mm(c.mT, dz, out_dtype=torch.float32), alpha=-1)
+        boundary.projector.grad.add_(da)
+        boundary.main_grad.index_add_(0, ids, (dz @ basis_a.mT).float(), alpha=-1)
+        return dz @ a.mT, None, None
+
+
+class _HandDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, ids, boundary):  # type: ignore[no-untyped-def]
+        table = boundary.anchor.E.detach()
+        up = torch.cat([boundary.projector.A.mT.to(z.dtype), boundary.anchor.basis.to(z.dtype)])
+        ctx.save_for_backward(z, ids, up)
+        ctx.boundary = boundary
+        return torch.cat([z, table[ids]], 1) @ up
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        z, ids, up = ctx.saved_tensors
+        boundary, r = ctx.boundary, z.size(1)
+        both = dx @ up.mT
+        boundary.projector.grad.add_(torch.mm(dx.mT, z, out_dtype=torch.float32))
+        boundary.main_grad.index_add_(0, ids, both[:, r:].float())
+        return both[:, :r], None, None
+
+
+VARIANTS = ("ours", "eager", "compiled", "by hand")
