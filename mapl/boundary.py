@@ -9,7 +9,7 @@ is ever written to memory. GEMMs run in the dtype of X; dA is accumulated in fp3
 GEMMs over tokens heed torch's float32 matmul precision; those of weights alone are always exact.
 
 C is the sender's own in ``encode`` and the receiver's own in ``decode``. Gradients reach the table
-behind it through autograd (see `mapl.coordinates`); dA goes to ``projector.accumulate`` instead,
+behind it through autograd (see `mapl.coordinates`); dA goes to the projector's accumulator instead,
 because it is summed over two stages before anyone may use it. If neither input requires a gradient
 there is no backward, and so no dA: a received latent must be a leaf with ``requires_grad``.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mapl.coordinates import Coordinates
-from mapl.fp32 import accumulation_dtype, full_precision, mm_wide
+from mapl.fp32 import accumulation_dtype, full_precision
 from mapl.ops.gathered import gathered_mm
 from mapl.projectors import Projector
 
@@ -169,14 +169,10 @@ class _Encode(torch.autograd.Function):
         coordinates, d = ctx.coordinates, a.size(0)
         dz_rows, down = _rows(dz), ctx.weight[: a.size(0)]
         if ctx.projector.learns:
-            da = mm_wide(_rows(x).mT, dz_rows)
+            ctx.projector.accumulate_product(_rows(x), dz_rows)
             if coordinates is not None:
-                anchored = mm_wide(coordinates.rows(table).mT, dz_rows)
-                if basis is not None:
-                    with full_precision(dz.device):
-                        anchored = basis.to(anchored.dtype).mT @ anchored
-                da.sub_(anchored)
-            ctx.projector.accumulate(da)
+                c = coordinates.rows(table)
+                ctx.projector.accumulate_product(c.neg_(), dz_rows, basis=basis)
         dx = dz @ down.mT if needs_dx else None
         dtable = None
         if needs_table:
@@ -216,7 +212,7 @@ class _Decode(torch.autograd.Function):
         needs_dz, needs_table, *_ = ctx.needs_input_grad
         dx_rows, r = _rows(dx), a.size(1)
         if ctx.projector.learns:
-            ctx.projector.accumulate(mm_wide(dx_rows.mT, _rows(z)))
+            ctx.projector.accumulate_product(dx_rows, _rows(z))
         dc, dtable = dx_rows, None
         if basis is not None and needs_table:
             both = dx_rows @ ctx.weight.mT  # one pass over dX̂ gives [dZ | dC]

@@ -37,6 +37,8 @@ class Coordinates:
         self.ids = ids.flatten().long()
         self._order = TokenOrder(self.ids)
         self._used = False
+        if table.requires_grad and torch.is_grad_enabled():
+            self._order.start()
 
     @classmethod
     def of(cls, c: Tensor) -> "Coordinates":

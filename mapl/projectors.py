@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mapl.fp32 import keep_dtype
+from mapl.fp32 import add_mm_wide, full_precision, keep_dtype
 from mapl.operands import Operands
 from mapl.spel import spel_step
 from mapl.stiefel import msign, random_stiefel
@@ -49,12 +49,23 @@ class Projector(nn.Module):
     def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.A = nn.Parameter(random_stiefel(hidden_size, rank, generator), requires_grad=False)
-        self.grad = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.A.device)
         self.operands = Operands()
 
     def accumulate(self, dA: Tensor) -> None:
         """Add one micro-batch's part of dA, [d, r] fp32."""
+        raise NotImplementedError
+
+    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+        """Add leftᵀ·right or, with a basis P, Pᵀ·(leftᵀ·right), accumulated in fp32.
+
+        The product with Pᵀ is linear, so it is formed once, when somebody reads ``grad``.
+
+        Args:
+            left: [tokens, d], or [tokens, k] with a basis, in the model's dtype.
+            right: [tokens, r], likewise.
+            basis: P [k, d].
+        """
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -87,10 +98,13 @@ class FixedProjector(Projector):
 
     def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
         super().__init__(hidden_size, rank, generator)
-        self.momentum = None
+        self.momentum = self.grad = None
 
     def accumulate(self, dA: Tensor) -> None:
         """Nothing: there is no gradient to keep."""
+
+    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+        """Nothing, likewise."""
 
     def step(self, lr: float) -> Tensor:
         """Nothing; always ok."""
@@ -102,12 +116,27 @@ class _MovingProjector(Projector):
 
     learns = True
     momentum: Tensor
-    grad: Tensor
+    _grad: Tensor
+    _with_basis: tuple[Tensor, Tensor] | None  # P, and what is still to be multiplied by it
 
     def __init__(self, hidden_size: int, rank: int, generator: torch.Generator) -> None:
         super().__init__(hidden_size, rank, generator)
         self.register_buffer("momentum", torch.zeros_like(self.A))
         self.grad = torch.zeros_like(self.A)
+
+    @property
+    def grad(self) -> Tensor:
+        """The sum of dA since ``zero_grad``, what came with a basis included."""
+        if self._with_basis is not None:
+            basis, inner = self._with_basis
+            with torch.no_grad(), full_precision(inner.device):
+                self._grad.addmm_(basis.to(inner.dtype).mT, inner)
+            self._with_basis = None
+        return self._grad
+
+    @grad.setter
+    def grad(self, total: Tensor) -> None:
+        self._grad, self._with_basis = total, None
 
     def accumulate(self, dA: Tensor) -> None:
         """Add one micro-batch's part of dA, [d, r] fp32.
@@ -117,7 +146,18 @@ class _MovingProjector(Projector):
         """
         if dA.shape != self.A.shape:
             raise ValueError(f"dA must have A's shape {tuple(self.A.shape)}, got {tuple(dA.shape)}")
-        self.grad.add_(dA)
+        self._grad.add_(dA)
+
+    @torch.no_grad()
+    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+        """See :meth:`Projector.accumulate_product`."""
+        if basis is None:
+            add_mm_wide(self._grad, left.mT, right)
+            return
+        if self._with_basis is None or self._with_basis[0] is not basis:
+            inner = self.grad.new_zeros(basis.size(0), self.A.size(1))
+            self._with_basis = basis, inner
+        add_mm_wide(self._with_basis[1], left.mT, right)
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:

@@ -3,9 +3,9 @@
 
     python tools/bench_ops.py [--quick] [--json FILE]
 
-Floor: per direction and pass, the larger of operations over the measured bf16 rate and bytes (each
-input read once, each output written once) over the measured copy bandwidth; that of forward and
-backward together is the sum of both.
+Floor: for each direction and pass, the larger of operations over the measured bf16 rate and bytes
+(each input read once, each output written once) over the measured copy bandwidth. A stage's floor
+is the sum of the four.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench_ops_variants import VARIANTS, Batch, Boundary, Shape, forward, step
+from bench_ops_variants import VARIANTS, Batch, Boundary, Shape
 from gpu_timing import Ceilings, graph_time, measure_ceilings
 
 TOKENS = 16384
@@ -33,28 +34,27 @@ QUICK = [Shape(TOKENS, 2048, 256, 256, 32000), Shape(TOKENS, 4096, 256, 1024, 32
 _SETS = 3
 
 
-def floors(shape: Shape, ceilings: Ceilings) -> dict[str, tuple[float, float]]:
-    """Direction → microseconds of the floor of forward, and of forward and backward."""
+def floors(shape: Shape, ceilings: Ceilings) -> tuple[float, float]:
+    """Microseconds of the floor of a stage's forward passes, and of all four passes."""
     n, d, r, k, v = shape.n, shape.d, shape.r, shape.k, shape.v
     touched = v * (1 - (1 - 1 / v) ** n)  # rows of E, for ids that are uniform
-    rows = touched * k * 2
-    wide, latent, ids = 2 * n * d, 2 * n * r, 8 * n
-    table_gradient = touched * k * 4 * 2  # read and written, fp32
-    encode = (
-        ceilings.floor(2 * n * r * (d + k), wide + latent + ids + rows + 2 * (d + k) * r),
+    read = 2 * touched * k + 8 * n
+    added = 2 * 4 * touched * k  # to the fp32 buffer of E's gradient
+    wide, latent, gradient = 2 * n * d, 2 * n * r, 2 * 4 * d * r
+    encode, decode = 2 * (d + k) * r, 2 * (r + k) * d  # weights
+    forward = (
+        ceilings.floor(2 * n * r * (d + k), wide + latent + read + encode),
+        ceilings.floor(2 * n * d * (r + k), wide + latent + read + decode),
+    )
+    backward = (
         ceilings.floor(
-            2 * n * r * (2 * d + 2 * k) + 2 * k * d * r,
-            2 * wide + latent + ids + rows + table_gradient + 2 * (d + k) * r + 4 * d * r,
+            2 * n * r * (2 * d + 2 * k), 2 * wide + latent + read + added + encode + gradient
+        ),
+        ceilings.floor(
+            2 * n * d * (2 * r + k), wide + 2 * latent + added + decode + gradient + 8 * n
         ),
     )
-    decode = (
-        ceilings.floor(2 * n * d * (r + k), wide + latent + ids + rows + 2 * (r + k) * d),
-        ceilings.floor(
-            2 * n * d * (2 * r + k),
-            wide + 2 * latent + ids + table_gradient + 2 * (r + k) * d + 4 * d * r,
-        ),
-    )
-    return {"encode": (encode[0], sum(encode)), "decode": (decode[0], sum(decode))}
+    return sum(forward), sum(forward) + sum(backward)
 
 
 def check(variant: str) -> float:
@@ -64,44 +64,40 @@ def check(variant: str) -> float:
         AssertionError: one is off by more than bf16 explains.
     """
     shape = Shape(1000, 520, 72, 96, 3000)
+    boundary, batch = Boundary(shape), Batch.random(shape)
+    out = VARIANTS[variant](boundary, batch).step()
+    assert batch.x.grad is not None and batch.z.grad is not None
+    got = [*out, batch.z.grad, batch.x.grad, boundary.projector.grad, boundary.main_grad]
     worst = 0.0
-    for direction in ("encode", "decode"):
-        boundary, batch = Boundary(shape), Batch.random(shape)
-        result = step(variant, direction, boundary, batch)()
-        start = batch.x if direction == "encode" else batch.z
-        assert start.grad is not None
-        ours = [result, start.grad, boundary.projector.grad, boundary.main_grad]
-        for got, exact in zip(ours, _exact(direction, boundary, batch), strict=True):
-            error = float((got.double() - exact).norm() / exact.norm())
-            assert error < 1e-2, f"{variant} {direction}: relative error {error:.1e}"
-            worst = max(worst, error)
+    for ours, exact in zip(got, _exact(boundary, batch), strict=True):
+        error = float((ours.double() - exact).norm() / exact.norm())
+        assert error < 1e-2, f"{variant}: relative error {error:.1e}"
+        worst = max(worst, error)
     return worst
 
 
-def _exact(direction: str, boundary: Boundary, batch: Batch) -> list[torch.Tensor]:
-    """The same in float64: result and gradients of the start, A and E."""
-    a = boundary.projector.A.detach().double().requires_grad_()
-    table = boundary.anchor.E.detach().double().requires_grad_()
+def _exact(boundary: Boundary, batch: Batch) -> list[torch.Tensor]:
+    """X̂, Z, dẐ, dX, dA and dE in float64."""
+    leaves = [batch.z, batch.x, boundary.projector.A, boundary.anchor.E]
+    z, x, a, table = (leaf.detach().double().requires_grad_() for leaf in leaves)
     anchor = table[batch.ids] @ boundary.anchor.basis.double()
-    start = (batch.x if direction == "encode" else batch.z).detach().double().requires_grad_()
-    out = (start - anchor) @ a if direction == "encode" else start @ a.mT + anchor
-    out.backward((batch.dz if direction == "encode" else batch.dx).double())
-    assert start.grad is not None and a.grad is not None and table.grad is not None
-    return [out.detach(), start.grad, a.grad, table.grad]
+    out = [z @ a.mT + anchor, (x - anchor) @ a]
+    torch.autograd.backward(out, [batch.dx.double(), batch.dz.double()])
+    gradients = [leaf.grad for leaf in (z, x, a, table)]
+    return [tensor.detach() for tensor in (*out, *gradients) if tensor is not None]
 
 
-def measure(shape: Shape, variants: list[str]) -> dict[str, dict[str, float]]:
-    """Variant → microseconds of each direction's forward, and of its forward and backward."""
+def measure(shape: Shape, names: list[str]) -> dict[str, tuple[float, float]]:
+    """Variant → microseconds of a stage's forward passes, and of all four passes."""
     boundary = Boundary(shape)
     batches = [Batch.random(shape) for _ in range(_SETS)]
-    found: dict[str, dict[str, float]] = {}
-    for variant in variants:
-        times = found[variant] = {}
-        for direction in ("encode", "decode"):
-            forwards = [forward(variant, direction, boundary, batch) for batch in batches]
-            times[f"{direction} forward"] = graph_time(forwards)
-            steps = [step(variant, direction, boundary, batch) for batch in batches]
-            times[f"{direction} both"] = graph_time(steps)
+    found = {}
+    for name in names:
+        variants = [VARIANTS[name](boundary, batch) for batch in batches]
+        whole = graph_time([variant.step for variant in variants])
+        with torch.no_grad():
+            forward = graph_time([variant.forward for variant in variants])
+        found[name] = forward, whole
         torch.compiler.reset()
     return found
 
@@ -115,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two points of the grid")
     parser.add_argument("--json", type=Path, help="write all times here")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_ops.py needs a GPU and this machine has none")
@@ -135,15 +131,9 @@ def main() -> None:
         floor = floors(shape, ceilings)
         times = measure(shape, arguments.variants)
         records.append({"shape": str(shape), "floor": floor, "times": times})
-        total = {name: t["encode both"] + t["decode both"] for name, t in times.items()}
-        ahead = {name: t["encode forward"] + t["decode forward"] for name, t in times.items()}
-        print(
-            f"{shape!s:<32} {floor['encode'][1] + floor['decode'][1]:>6.0f} "
-            + " ".join(f"{total[name]:>9.0f}" for name in arguments.variants)
-            + f"   {floor['encode'][0] + floor['decode'][0]:.0f}, "
-            + ", ".join(f"{ahead[name]:.0f}" for name in arguments.variants),
-            flush=True,
-        )
+        whole = " ".join(f"{both:>9.0f}" for _, both in times.values())
+        ahead = ", ".join(f"{forward:.0f}" for forward, _ in times.values())
+        print(f"{shape!s:<32} {floor[1]:>6.0f} {whole}   {floor[0]:.0f}, {ahead}", flush=True)
     _summarise(records, arguments.variants)
     if arguments.json:
         arguments.json.write_text(
@@ -151,19 +141,16 @@ def main() -> None:
         )
 
 
-def _summarise(records: list[dict], variants: list[str]) -> None:  # type: ignore[type-arg]
-    def total(record: dict, name: str) -> float:  # type: ignore[type-arg]
-        return float(sum(record["times"][name][f"{way} both"] for way in ("encode", "decode")))
-
+def _summarise(records: list[dict[str, Any]], names: list[str]) -> None:
+    """Prints the goals and what was reached, over all passes."""
     print("\ngeometric means over the grid, forward + backward")
-    floor = [r["floor"]["encode"][1] + r["floor"]["decode"][1] for r in records]
-    ours = [total(record, "ours") for record in records]
-    ratios = [mine / least for mine, least in zip(ours, floor, strict=True)]
+    ours = [record["times"]["ours"][1] for record in records]
+    ratios = [mine / record["floor"][1] for mine, record in zip(ours, records, strict=True)]
     print(f"  ours / floor     {_mean(ratios):.2f}   (goal ≤ 1.35; worst {max(ratios):.2f})")
-    goals = {"eager": 2.0, "compiled": 1.2, "by hand": 1.0}
-    for name, goal in goals.items():
-        if name in variants:
-            faster = [total(r, name) / mine for r, mine in zip(records, ours, strict=True)]
+    for name, goal in (("eager", 2.0), ("compiled", 1.2), ("by hand", 1.0)):
+        if name in names:
+            others = [record["times"][name][1] for record in records]
+            faster = [other / mine for other, mine in zip(others, ours, strict=True)]
             said = f"{_mean(faster):.2f}   (goal ≥ {goal}; least {min(faster):.2f})"
             print(f"  {name:<9} / ours {said}")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to write a boundary's encoder and decoder, ours and what it is compared with.
 
-Each is a pair of steps, forward and backward of one micro-batch, that leave the same results: Z and
-X̂, dX and dẐ, dA added to an fp32 buffer, dE added to an fp32 buffer [V, k].
+Each takes one micro-batch through a stage, its decoder and its encoder, forward and backward, and
+leaves the same results: X̂ and Z, dẐ and dX, dA added to an fp32 buffer, dE added to one [V, k].
 
 - ours: `mapl.boundary`.
 - eager: the formula as written in METHOD's terms, (X − E[ids] P) A and Ẑ Aᵀ + E[ids] P, under
@@ -13,7 +13,6 @@ X̂, dX and dẐ, dA added to an fp32 buffer, dE added to an fp32 buffer [V, k].
 Shapes: N tokens, d hidden size, r rank, k anchor rank, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,85 +82,12 @@ class Batch:
         return cls(x.requires_grad_(), z.requires_grad_(), dx, dz, ids)
 
 
-#: Forward of a direction; what it returns has a `backward` of its own.
-Forward = Callable[[Boundary, Batch], Tensor]
-
-
-def ours_encode(boundary: Boundary, batch: Batch) -> Tensor:
-    """See `mapl.boundary.encode`."""
-    coordinates = boundary.anchor.coordinates(batch.ids)
-    return encode(batch.x, coordinates, boundary.anchor.basis, boundary.projector)
-
-
-def ours_decode(boundary: Boundary, batch: Batch) -> Tensor:
-    """See `mapl.boundary.decode`."""
-    coordinates = boundary.anchor.coordinates(batch.ids)
-    return decode(batch.z, coordinates, boundary.anchor.basis, boundary.projector)
-
-
 def _formula_encode(x: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
     return (x - F.embedding(ids, table) @ basis.to(x.dtype)) @ a.to(x.dtype)
 
 
 def _formula_decode(z: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
     return z @ a.to(z.dtype).mT + F.embedding(ids, table) @ basis.to(z.dtype)
-
-
-class _Leaves:
-    """A and E as leaves whose gradients autograd forms and the buffers take."""
-
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
-        self.a = boundary.projector.A.detach().requires_grad_()
-        self.table = boundary.anchor.E.detach().requires_grad_()
-
-    def take(self) -> None:
-        assert self.a.grad is not None and self.table.grad is not None
-        self.boundary.projector.grad.add_(self.a.grad)
-        self.boundary.main_grad.add_(self.table.grad)
-        self.a.grad = self.table.grad = None
-
-
-def step(variant: str, direction: str, boundary: Boundary, batch: Batch) -> Callable[[], Tensor]:
-    """Forward and backward of one micro-batch, as a function without arguments.
-
-    It returns Z or X̂; gradients of `batch.x` or `batch.z` are replaced, those of A and E added.
-    """
-    start = batch.x if direction == "encode" else batch.z
-    upstream = batch.dz if direction == "encode" else batch.dx
-    run = forward(variant, direction, boundary, batch)
-
-    def whole() -> Tensor:
-        start.grad = None
-        out = run()
-        out.backward(upstream)
-        if run.leaves is not None:  # type: ignore[attr-defined]
-            run.leaves.take()  # type: ignore[attr-defined]
-        return out.detach()
-
-    return whole
-
-
-def forward(variant: str, direction: str, boundary: Boundary, batch: Batch) -> Callable[[], Tensor]:
-    """The forward pass alone, as a function without arguments."""
-    encoding = direction == "encode"
-    leaves = None
-    if variant == "ours":
-        ours = ours_encode if encoding else ours_decode
-        call = lambda: ours(boundary, batch)  # noqa: E731
-    elif variant == "by hand":
-        hand = _HandEncode if encoding else _HandDecode
-        start = batch.x if encoding else batch.z
-        call = lambda: hand.apply(start, batch.ids, boundary)  # noqa: E731
-    else:
-        leaves = _Leaves(boundary)
-        formula: Callable[..., Tensor] = _formula_encode if encoding else _formula_decode
-        if variant == "compiled":
-            formula = torch.compile(formula, dynamic=False)
-        start, basis = (batch.x if encoding else batch.z), boundary.anchor.basis
-        call = lambda: formula(start, batch.ids, leaves.table, basis, leaves.a)  # noqa: E731
-    call.leaves = leaves  # type: ignore[attr-defined]
-    return call
 
 
 class _HandEncode(torch.autograd.Function):
@@ -204,4 +130,95 @@ class _HandDecode(torch.autograd.Function):
         return both[:, :r], None, None
 
 
-VARIANTS = ("ours", "eager", "compiled", "by hand")
+class Variant:
+    """One way to write both directions of a stage.
+
+    Args:
+        boundary: parameters and buffers.
+        batch: inputs; the gradients of `x` and `z` are replaced in each step.
+    """
+
+    def __init__(self, boundary: Boundary, batch: Batch) -> None:
+        self.boundary, self.batch = boundary, batch
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """X̂ and Z."""
+        raise NotImplementedError
+
+    def take_gradients(self) -> None:
+        """Adds what the backward pass left elsewhere to the buffers."""
+
+    def step(self) -> list[Tensor]:
+        """One micro-batch, in the order in which a stage does it.
+
+        Returns:
+            X̂ and Z.
+        """
+        batch = self.batch
+        # As Megatron's DDP does once a gradient has reached its buffer.
+        batch.x.grad = batch.z.grad = self.boundary.anchor.E.grad = None
+        x, z = self.forward()
+        z.backward(batch.dz)
+        x.backward(batch.dx)
+        self.take_gradients()
+        return [x.detach(), z.detach()]
+
+
+class Ours(Variant):
+    """`mapl.boundary`."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """See `Variant`."""
+        anchor, projector = self.boundary.anchor, self.boundary.projector
+        coordinates = anchor.coordinates(self.batch.ids)
+        x = decode(self.batch.z, coordinates, anchor.basis, projector)
+        return x, encode(self.batch.x, coordinates, anchor.basis, projector)
+
+
+class Eager(Variant):
+    """The formula, as written; A and E are leaves whose gradients autograd forms."""
+
+    encode, decode = staticmethod(_formula_encode), staticmethod(_formula_decode)
+
+    def __init__(self, boundary: Boundary, batch: Batch) -> None:
+        super().__init__(boundary, batch)
+        self.a = boundary.projector.A.detach().requires_grad_()
+        self.table = boundary.anchor.E.detach().requires_grad_()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """See `Variant`."""
+        batch, basis = self.batch, self.boundary.anchor.basis
+        x = self.decode(batch.z, batch.ids, self.table, basis, self.a)
+        return x, self.encode(batch.x, batch.ids, self.table, basis, self.a)
+
+    def take_gradients(self) -> None:
+        """See `Variant`."""
+        assert self.a.grad is not None and self.table.grad is not None
+        self.boundary.projector.accumulate(self.a.grad)
+        self.boundary.main_grad.add_(self.table.grad)
+        self.a.grad = self.table.grad = None
+
+
+class Compiled(Eager):
+    """The same, each direction through torch.compile."""
+
+    encode = staticmethod(torch.compile(_formula_encode, dynamic=False))
+    decode = staticmethod(torch.compile(_formula_decode, dynamic=False))
+
+
+class ByHand(Variant):
+    """The best without fusion: gather, concatenate, cuBLAS, backwards written out."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """See `Variant`."""
+        batch = self.batch
+        x = _HandDecode.apply(batch.z, batch.ids, self.boundary)
+        return x, _HandEncode.apply(batch.x, batch.ids, self.boundary)
+
+
+VARIANTS: dict[str, type[Variant]] = {
+    "ours": Ours,
+    "eager": Eager,
+    "compiled": Compiled,
+    "by hand": ByHand,
+}

@@ -6,8 +6,7 @@ would drift apart. So rows are added in the order of their ids, and within an id
 places in the micro-batch.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,21 +14,50 @@ from torch import Tensor
 from mapl.ops.dispatch import use_triton
 
 
-@dataclass(frozen=True)
 class TokenOrder:
     """Token ids, and the same in ascending order once somebody asks for it.
 
-    Attributes:
+    Args:
         ids: [n] integers.
     """
 
-    ids: Tensor
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self._sorted: tuple[Tensor, Tensor] | None = None
+        self._ready: torch.cuda.Event | None = None
 
-    @cached_property
+    def start(self) -> None:
+        """Sorts beside what the GPU does next: sorting takes long, but little of the GPU."""
+        if not (self.ids.is_cuda and use_triton(self.ids)) or self._sorted is not None:
+            return
+        stream = _side_stream(self.ids.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._sorted = self._sort()
+            self._ready = stream.record_event()
+        self.ids.record_stream(stream)
+
+    @property
     def ascending(self) -> tuple[Tensor, Tensor]:
         """The sorted ids, int32 [n], and where each stood, int64 [n]; equal ids in order."""
+        if self._sorted is None:
+            self._sorted = self._sort()
+        if self._ready is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._ready)
+            self._ready = None
+            for made_elsewhere in self._sorted:
+                made_elsewhere.record_stream(stream)
+        return self._sorted
+
+    def _sort(self) -> tuple[Tensor, Tensor]:
         ids, places = torch.sort(self.ids.to(torch.int32), stable=True)
         return ids, places
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
