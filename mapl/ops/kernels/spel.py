@@ -83,6 +83,11 @@ def spel_step_batch(
     """
     for name, matrices in (("A", a), ("grad", grad), ("momentum", momentum)):
         for matrix in matrices:
+            if matrix.dtype != torch.float32 or matrix.size(0) < matrix.size(1):
+                raise ValueError(
+                    f"SPEL kernels take fp32 with at least as many rows as columns, got {name} "
+                    f"{matrix.dtype} of shape {tuple(matrix.shape)}"
+                )
             if not matrix.is_contiguous() or matrix.data_ptr() % 16:
                 raise ValueError(f"SPEL kernels need {name} contiguous and 16-byte aligned")
     batch = _Batch(a, grad, momentum, lr)
