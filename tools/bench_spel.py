@@ -56,7 +56,8 @@ def exact_step(a: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
 
     def polar(x: Tensor) -> Tensor:
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
-        return u @ vh
+        sign: Tensor = u @ vh
+        return sign
 
     a, grad, momentum = a.double(), grad.double(), momentum.double()
     inner = a.mT @ grad
@@ -85,7 +86,7 @@ def check(operands: Operands) -> None:
 
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
     """Median time of a call, after three that are not counted."""
-    times = []
+    times: list[float] = []
     for count in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -18,8 +18,6 @@ from mapl.spel import spel_step, step_all
 from mapl.stiefel import orthonormality_error, random_stiefel
 from test_spel import adversarial, reference_step
 
-pytest.importorskip("triton")
-
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
@@ -86,7 +84,7 @@ def test_square_projectors(device):
 
 
 def test_the_batch_changes_no_bit_and_a_damaged_gradient_touches_its_own_projector_alone(device):
-    d, r, steps = 40, 12, 100 if device.type == "cuda" else 3
+    d, r, steps = 40, 12, 100 if device.type == "cuda" else 2
     together = operands(range(3), d, r, device)
     together[1][1][3, 5] = float("nan")
     before = together[0][1].clone(), together[2][1].clone()

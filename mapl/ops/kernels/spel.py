@@ -111,6 +111,7 @@ class _Batch:
         # Allocated apart: Triton compiles apart what is aligned and what is not.
         self.largest = torch.zeros(self.size, dtype=torch.int32, device=device)
         self.distance = torch.zeros_like(self.largest)
+        self.unscaled = torch.full_like(self.largest, products.BITS_OF_TWO)
         self.norm = torch.empty(self.size, device=device)
         self.ok = torch.empty(self.size, dtype=torch.bool, device=device)
         across = triton.cdiv(self.r, TALL)
@@ -155,11 +156,12 @@ class _Batch:
         """[B, r, r]: LᵀR as `mode` says."""
         splits, across = triton.cdiv(self.d, SPLIT), triton.cdiv(self.r, TALL)
         triangle = mode != products.SYMMETRIC_PART
+        scale = self.largest if mode == products.NORMALISED else self.unscaled
         tiles = across * (across + 1) // 2 if triangle else across**2
         parts = torch.empty(self.size, splits, self.r, self.r, device=self.lr.device)
         products.gram_kernel[(tiles, splits, self.size)](
-            *left, *right, self.largest, parts, self.d, self.r,
-            triangle, mode == products.NORMALISED, TALL, SPLIT, DEPTH, **TALL_OPTIONS,
+            *left, *right, scale, parts, self.d, self.r,
+            triangle, TALL, SPLIT, DEPTH, **TALL_OPTIONS,
         )  # fmt: skip
         gram = torch.empty(self.size, self.r, self.r, device=self.lr.device)
         across = triton.cdiv(self.r, SUM)

@@ -35,6 +35,9 @@ SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 2}
 #: What `sum_kernel` makes of LᵀR.
 SYMMETRIC_PART, NORMALISED, PLAIN, WATCHED = 0, 1, 2, 3
 
+#: As a largest magnitude, what leaves the scale alone.
+BITS_OF_TWO = 0x40000000
+
 # The interpreter multiplies in fp32 whatever it is told, and does not know the name.
 _PRECISION = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
 
@@ -92,15 +95,14 @@ def gram_kernel(
     d,
     R: tl.constexpr,
     TRIANGLE: tl.constexpr,
-    SCALED: tl.constexpr,
     TALL: tl.constexpr,
     SPLIT: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """parts[b, s] = LᵀR over the s-th SPLIT rows; parts is [B, ⌈d/SPLIT⌉, r, r].
 
-    TRIANGLE: L is R, so only tiles on and under the diagonal are formed. SCALED: L and R are taken
-    times the power of two that `largest` gives. Grid: tiles, ⌈d/SPLIT⌉, B.
+    Both are taken times the power of two that `largest` gives. TRIANGLE: L is R, so only tiles on
+    and under the diagonal are formed. Grid: tiles, ⌈d/SPLIT⌉, B.
     """
     tile, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if TRIANGLE:
@@ -110,14 +112,14 @@ def gram_kernel(
         i, j = tile // tl.cdiv(R, TALL), tile % tl.cdiv(R, TALL)
     left = _matrix(left_ptr, left_offsets, b)
     right = _matrix(right_ptr, right_offsets, b)
+    scale = _power_of_two(largest_ptr, b)
     rows, columns = i * TALL + tl.arange(0, TALL), j * TALL + tl.arange(0, TALL)
     total = tl.zeros((TALL, TALL), tl.float32)
     for k in range(0, SPLIT, DEPTH):
         depth = split * SPLIT + k + tl.arange(0, DEPTH)
-        x, y = _load(left, depth, rows, d, R), _load(right, depth, columns, d, R)
-        if SCALED:
-            scale = _power_of_two(largest_ptr, b)
-            x, y = x * scale, y * scale
+        # Scaling does one thing more: a tile that is transposed as it was loaded would be copied
+        # to shared memory by fours of bytes instead of sixteens, with bank conflicts.
+        x, y = _load(left, depth, rows, d, R) * scale, _load(right, depth, columns, d, R) * scale
         total += tl.dot(tl.trans(x), y, input_precision=_PRECISION)
     part = parts_ptr + (b * tl.num_programs(1) + split).to(tl.int64) * R * R
     _store(part, total, rows, columns, R, R)
@@ -374,8 +376,8 @@ def _specialisations(rank: int) -> list[Specialisation]:
     tall = {"TALL": TALL, "DEPTH": DEPTH}
     return [
         *(
-            _specialisation(gram_kernel, rank, TRIANGLE=t, SCALED=s, SPLIT=SPLIT, **tall)
-            for t, s in ((False, False), (True, True), (True, False))
+            _specialisation(gram_kernel, rank, TRIANGLE=triangle, SPLIT=SPLIT, **tall)
+            for triangle in (False, True)
         ),
         *(
             _specialisation(sum_kernel, rank, SPLITS=11, MODE=mode, WIDTH=rank, SUM=SUM)
