@@ -33,7 +33,7 @@ TALL_OPTIONS = {"num_warps": 8, "num_stages": 2}
 SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 #: What `sum_kernel` makes of LᵀR.
-SYMMETRIC_PART, NORMALISED, PLAIN, WATCHED = 0, 1, 2, 3
+SYMMETRIC_PART, NORMALISED, PLAIN, FROM_IDENTITY = 0, 1, 2, 3
 
 #: As a largest magnitude, what leaves the scale alone.
 BITS_OF_TWO = 0x40000000
@@ -140,8 +140,9 @@ def sum_kernel(
     """out[b] = G = Σ_s parts[b, s] in the order of s, exactly symmetric, [B, r, r].
 
     By MODE: the symmetric part of a G of which all tiles are given; else the lower triangle
-    mirrored, divided by its trace, with norm[b] = 1/√trace (NORMALISED), as it is (PLAIN), or with
-    the bits of max|G − I| going to distance[b] (WATCHED). Grid: tiles of the triangle, B.
+    mirrored, divided by its trace, with norm[b] = 1/√trace (NORMALISED), as it is (PLAIN), or
+    I − G, the bits of whose largest magnitude go to distance[b] (FROM_IDENTITY).
+    Grid: tiles of the triangle, B.
     """
     b = tl.program_id(1)
     i = _row_of_triangle(tl.program_id(0))
@@ -173,8 +174,8 @@ def sum_kernel(
         gram = tl.where(rows[:, None] >= columns[None, :], gram, tl.trans(gram))
     if MODE == 3:
         on_diagonal = (rows[:, None] == columns[None, :]) & (rows[:, None] < R)
-        bits = _bits_of_largest(gram - tl.where(on_diagonal, 1.0, 0.0))
-        tl.atomic_max(distance_ptr + b, bits)
+        gram = tl.where(on_diagonal, 1.0, 0.0) - gram
+        tl.atomic_max(distance_ptr + b, _bits_of_largest(gram))
     out = out_ptr + b * R * R
     _store(out, gram, rows, columns, R, R)
     if i != j:
@@ -319,7 +320,7 @@ def descend_kernel(
 @triton.jit
 def commit_kernel(
     y_ptr,
-    q_ptr,
+    correction_ptr,
     new_momentum_ptr,
     a_ptr,
     a_offsets,
@@ -336,7 +337,7 @@ def commit_kernel(
     TALL: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A = YQ and m = its new value where the step is sound, which ok[b] tells; else nothing.
+    """A = Y + YC and m = its new value where the step is sound, which ok[b] tells; else nothing.
 
     Sound: m is finite, 0 ≤ α ≤ highest_lr, and YᵀY is within `furthest` of I.
     """
@@ -348,8 +349,10 @@ def commit_kernel(
     ok = finite & (lr >= 0) & (lr <= highest_lr) & (distance <= furthest)
     tl.store(ok_ptr + b, ok, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     if ok:
-        product = _tall_product(y_ptr + at, q_ptr + b * R * R, rows, columns, d, R, TALL, DEPTH)
-        _store(_matrix(a_ptr, a_offsets, b), product, rows, columns, d, R)
+        correction = correction_ptr + b * R * R
+        product = _tall_product(y_ptr + at, correction, rows, columns, d, R, TALL, DEPTH)
+        a = _load(y_ptr + at, rows, columns, d, R) + product
+        _store(_matrix(a_ptr, a_offsets, b), a, rows, columns, d, R)
         momentum = _load(new_momentum_ptr + at, rows, columns, d, R)
         _store(_matrix(momentum_ptr, momentum_offsets, b), momentum, rows, columns, d, R)
 
@@ -381,7 +384,7 @@ def _specialisations(rank: int) -> list[Specialisation]:
         ),
         *(
             _specialisation(sum_kernel, rank, SPLITS=11, MODE=mode, WIDTH=rank, SUM=SUM)
-            for mode in (SYMMETRIC_PART, NORMALISED, PLAIN, WATCHED)
+            for mode in (SYMMETRIC_PART, NORMALISED, PLAIN, FROM_IDENTITY)
         ),
         _specialisation(square_kernel, rank, SQUARE=SQUARE, DEPTH=DEPTH),
         *(
