@@ -227,7 +227,7 @@ def _spread(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # By fills: a copy from the host would wait for the device.
         rows = [torch.full((), at, dtype=torch.int64, device=first.device) for at in offsets]
         table = torch.stack(rows)
-        # What is made while a graph is captured is filled at replay alone, and belongs to the graph.
+        # What is made while a graph is captured is filled at replay alone and is the graph's own.
         if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
             _tables[key] = table
     return first, table
