@@ -6,15 +6,15 @@ micro-batches of a step; once the parts have been summed, both sides take the sa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from mapl import spel
 from mapl.fp32 import add_mm_wide, full_precision, keep_dtype
 from mapl.operands import Operands
-from mapl.spel import spel_step
 from mapl.stiefel import msign, random_stiefel
 
 MOMENTUM = 0.9
@@ -159,19 +159,6 @@ class _MovingProjector(Projector):
             self._with_basis = basis, inner
         add_mm_wide(self._with_basis[1], left.mT, right)
 
-    @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
-        """Move A and the momentum in place; see :meth:`Projector.step`."""
-        a, momentum, ok = self._update(lr)
-        self.A.copy_(a)
-        self.momentum.copy_(momentum)
-        self.skipped_steps.add_(~ok)
-        return ok
-
-    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """New A, new momentum and ok, changing nothing."""
-        raise NotImplementedError
-
 
 class LearnedProjector(_MovingProjector):
     """A learned on the Stiefel manifold by SPEL (arXiv 2606.05484, 2601.21487), β = 0.9.
@@ -179,8 +166,10 @@ class LearnedProjector(_MovingProjector):
     ``step`` raises ValueError unless 0 ≤ lr < 1.
     """
 
-    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        return spel_step(self.A, self.grad, self.momentum, lr, MOMENTUM)
+    def step(self, lr: float) -> Tensor:
+        """Move A and the momentum in place; see :meth:`Projector.step`."""
+        (ok,) = _step_learned([self], lr)
+        return ok
 
 
 class UnconstrainedProjector(_MovingProjector):
@@ -190,13 +179,18 @@ class UnconstrainedProjector(_MovingProjector):
     ValueError for a learning rate that is negative or not finite.
     """
 
-    def _update(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Move A and the momentum in place; see :meth:`Projector.step`."""
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"projector learning rate must be finite and >= 0, got {lr}")
         momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * self.grad
         ok = momentum.isfinite().all()
         a = self.A - lr * msign(momentum)
-        return torch.where(ok, a, self.A), torch.where(ok, momentum, self.momentum), ok
+        self.A.copy_(torch.where(ok, a, self.A))
+        self.momentum.copy_(torch.where(ok, momentum, self.momentum))
+        self.skipped_steps.add_(~ok)
+        return ok
 
 
 PROJECTORS: dict[str, type[Projector]] = {
@@ -204,3 +198,35 @@ PROJECTORS: dict[str, type[Projector]] = {
     "fixed": FixedProjector,
     "unconstrained": UnconstrainedProjector,
 }
+
+
+@torch.no_grad()
+def step_all(projectors: Sequence[Projector], lr: float) -> list[Tensor]:
+    """Step each projector; learned ones of equal shape in the same launches, see `spel.step_all`.
+
+    Each moves by the very bits that its own :meth:`Projector.step` would move it by.
+
+    Args:
+        projectors: on one device.
+        lr: learning rate.
+
+    Returns:
+        ``ok`` of each, 0-dim bool.
+
+    Raises:
+        ValueError: as the projectors' ``step``.
+    """
+    learned = [projector for projector in projectors if isinstance(projector, LearnedProjector)]
+    results = dict(zip(learned, _step_learned(learned, lr), strict=True))
+    return [results[p] if isinstance(p, LearnedProjector) else p.step(lr) for p in projectors]
+
+
+@torch.no_grad()
+def _step_learned(projectors: Sequence[LearnedProjector], lr: float) -> list[Tensor]:
+    """SPEL's step of each and the count of those skipped."""
+    moving = [(projector.A, projector.grad, projector.momentum) for projector in projectors]
+    a, grad, momentum = zip(*moving, strict=True) if moving else ((), (), ())
+    results = spel.step_all(a, grad, momentum, lr, MOMENTUM)
+    for projector, ok in zip(projectors, results, strict=True):
+        projector.skipped_steps.add_(~ok)
+    return results

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer_config import ParamKey
 
+from mapl.projectors import step_all
 from megatron.mapl.model import ANCHOR_TAG
 from megatron.mapl.runtime import MaplRuntime
 
@@ -43,10 +44,8 @@ class _WithProjectors:
         """Not reached when Megatron skips the step for overflow: then no projector moves."""
         success = bool(super().step_with_ready_grads())  # type: ignore[misc]
         if success:
-            for projector in self._mapl.projectors():
-                if projector.learns:
-                    multiplier = self._mapl.config.projector_lr_mult
-                    projector.step(multiplier * self._mapl_group["lr"])
+            learning = [p for p in self._mapl.projectors() if p.learns]
+            step_all(learning, self._mapl.config.projector_lr_mult * self._mapl_group["lr"])
         return success
 
 

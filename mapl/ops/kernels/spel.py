@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SPEL step of equal-shaped projectors, all in the same launches.
+
+The mathematics is `mapl.spel.spel_step`'s. What differs is where it is done: with tall X [d, r] and
+G = XᵀX, a PolarExpress step X ← X(aI + bG + cG²) takes G to G(aI + bG + cG²)², and all of these
+square factors commute. So several steps are taken on [r, r] matrices, each product a sixteenth of
+a tall one at d = 16 r, and their product Q is applied to X once. G squares the spread of X's
+singular values, and rounding in it grows with the steps; hence G is formed anew after the third.
+Measured on spreads from 10 to 1e5 and on matrices of low rank, msign then errs by at most 2.2 times
+what the plain iteration in fp32 does, and mostly by as much.
+
+The retraction is Y(YᵀY)^(−1/2) for Y = A − αD. Y's singular values lie in [1 − α, 1 + α], so at
+α ≤ 0.1 E = I − YᵀY has a norm of at most 0.21, and eight terms of the series of (I − E)^(−1/2)
+leave less than 2e-7. Taken as Y + Y(E/2 + 3/8 E² + …), all that is rounded but Y itself is small.
+
+A step takes 8 tall products, of which 3 are symmetric and done by half, where the plain step takes
+36; 29 launches of square products come to it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from mapl.ops.kernels import spel_products as products
+from mapl.ops.kernels.spel_products import (
+    DEPTH,
+    SPLIT,
+    SQUARE,
+    SQUARE_OPTIONS,
+    SUM,
+    TALL,
+    TALL_OPTIONS,
+)
+from mapl.spel import HIGHEST_KERNEL_RATE
+
+#: PolarExpress's (a, b, c) as `mapl.stiefel.msign` has them, and the step after which G is renewed.
+POLAR_EXPRESS = (
+    (8.2051, -22.9019, 16.4607),
+    (4.0664, -2.8612, 0.5184),
+    (3.9096, -2.8234, 0.5250),
+    (3.2856, -2.4153, 0.4853),
+    (2.2779, -1.6198, 0.3985),
+    (1.8726, -1.2307, 0.3585),
+    (1.8564, -1.2132, 0.3568),
+    (1.8750, -1.2500, 0.3750),
+)
+RENEWED_AFTER = 3
+#: Those of E, E², … in (I − E)^(−1/2).
+INVERSE_ROOT = tuple(math.comb(2 * k, k) / 4**k for k in range(1, 9))
+#: How far from I, entry by entry, the Gram matrix of A − αD may be: 0.21 and a margin. An A that
+#: takes it further is not on the manifold.
+FURTHEST = 0.3
+
+
+def spel_step_batch(
+    a: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    lr: Tensor,
+    beta: float,
+) -> Tensor:
+    """One SPEL step of B projectors in place; nothing waits for the device.
+
+    Deterministic, and bit for bit the same for a projector in whatever batch. Can be captured in a
+    CUDA graph: α is read from `lr` at each replay, β is baked in.
+
+    Args:
+        a: B matrices [d, r] fp32 with d ≥ r, each contiguous and 16-byte aligned, orthonormal
+            columns to within 0.05.
+        grad: B gradients, likewise.
+        momentum: B momenta, likewise.
+        lr: 0-dim fp32 on the same device, α. A step with an α outside of [0, 0.1] is not ok.
+        beta: β.
+
+    Returns:
+        ok, [B] bool. Where it is False nothing has changed: α, the gradient or the new momentum is
+        out of range or not finite, or A is off the manifold.
+
+    Raises:
+        ValueError: matrices that kernels cannot take.
+    """
+    for name, matrices in (("A", a), ("grad", grad), ("momentum", momentum)):
+        for matrix in matrices:
+            if matrix.dtype != torch.float32 or matrix.size(0) < matrix.size(1):
+                raise ValueError(
+                    f"SPEL kernels take fp32 with at least as many rows as columns, got {name} "
+                    f"{matrix.dtype} of shape {tuple(matrix.shape)}"
+                )
+            if not matrix.is_contiguous() or matrix.data_ptr() % 16:
+                raise ValueError(f"SPEL kernels need {name} contiguous and 16-byte aligned")
+    batch = _Batch(a, grad, momentum, lr)
+    batch.update_momentum(beta)
+    batch.descend()
+    return batch.commit()
+
+
+class _Batch:
+    """The operands of one step and its scratch memory."""
+
+    def __init__(
+        self, a: Sequence[Tensor], grad: Sequence[Tensor], momentum: Sequence[Tensor], lr: Tensor
+    ) -> None:
+        self.size, (self.d, self.r), self.lr = len(a), a[0].shape, lr
+        self.a, self.grad, self.momentum = (_spread(part) for part in (a, grad, momentum))
+        device = lr.device
+        self.new_momentum = torch.empty(self.size, self.d, self.r, device=device)
+        self.y = torch.empty_like(self.new_momentum)
+        self.x = torch.empty_like(self.new_momentum)
+        # Allocated apart: Triton compiles apart what is aligned and what is not.
+        self.largest = torch.zeros(self.size, dtype=torch.int32, device=device)
+        self.distance = torch.zeros_like(self.largest)
+        self.unscaled = torch.full_like(self.largest, products.BITS_OF_TWO)
+        self.norm = torch.empty(self.size, device=device)
+        self.ok = torch.empty(self.size, dtype=torch.bool, device=device)
+        across = triton.cdiv(self.r, TALL)
+        self.tall_grid = (across, triton.cdiv(self.d, TALL), self.size)
+
+    def update_momentum(self, beta: float) -> None:
+        """new_momentum = β m + (1 − β)(g − A sym(Aᵀg))."""
+        symmetric = self._gram(self.a, self.grad, products.SYMMETRIC_PART)
+        products.momentum_kernel[self.tall_grid](
+            *self.a, *self.grad, *self.momentum, symmetric, self.new_momentum, self.largest,
+            beta, 1 - beta, self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
+        )  # fmt: skip
+
+    def descend(self) -> None:
+        """y = A − α msign(new_momentum)."""
+        momentum = _spread(self.new_momentum.unbind())
+        q = self._polynomial(
+            self._gram(momentum, momentum, products.NORMALISED), POLAR_EXPRESS[:RENEWED_AFTER]
+        )
+        products.apply_kernel[self.tall_grid](
+            self.new_momentum, q, self.x, self.largest, self.norm,
+            self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
+        )  # fmt: skip
+        x = _spread(self.x.unbind())
+        q = self._polynomial(self._gram(x, x, products.PLAIN), POLAR_EXPRESS[RENEWED_AFTER:])
+        products.descend_kernel[self.tall_grid](
+            *self.a, self.x, q, self.lr, self.y, self.d, self.r, TALL, DEPTH, **TALL_OPTIONS
+        )
+
+    def commit(self) -> Tensor:
+        """A = y retracted and m = new_momentum, where all is sound."""
+        y = _spread(self.y.unbind())
+        correction = self._inverse_root(self._gram(y, y, products.FROM_IDENTITY))
+        products.commit_kernel[self.tall_grid](
+            self.y, correction, self.new_momentum, *self.a, *self.momentum, self.lr,
+            self.largest, self.distance, self.ok, HIGHEST_KERNEL_RATE, FURTHEST,
+            self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
+        )  # fmt: skip
+        return self.ok
+
+    def _gram(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], mode: int) -> Tensor:
+        """[B, r, r]: LᵀR as `mode` says."""
+        splits, across = triton.cdiv(self.d, SPLIT), triton.cdiv(self.r, TALL)
+        triangle = mode != products.SYMMETRIC_PART
+        scale = self.largest if mode == products.NORMALISED else self.unscaled
+        tiles = across * (across + 1) // 2 if triangle else across**2
+        parts = torch.empty(self.size, splits, self.r, self.r, device=self.lr.device)
+        products.gram_kernel[(tiles, splits, self.size)](
+            *left, *right, scale, parts, self.d, self.r,
+            triangle, TALL, SPLIT, DEPTH, **TALL_OPTIONS,
+        )  # fmt: skip
+        gram = torch.empty(self.size, self.r, self.r, device=self.lr.device)
+        across = triton.cdiv(self.r, SUM)
+        products.sum_kernel[(across * (across + 1) // 2, self.size)](
+            parts, gram, self.norm, self.distance, splits, self.r,
+            mode, triton.next_power_of_2(self.r), SUM, **SQUARE_OPTIONS,
+        )  # fmt: skip
+        return gram
+
+    def _polynomial(self, g: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+        """Q, [B, r, r], that takes X with XᵀX = G through these steps: the product of their P.
+
+        1. P = aI + bG + cG²
+        2. Q ← QP, and GP beside it
+        3. G ← (GP)P, unless this was the last step
+        """
+        q: Tensor | None = None
+        for step, (a, b, c) in enumerate(coefficients, 1):
+            (p,) = self._square([g], g, a, b, c)
+            last = step == len(coefficients)
+            left = [factor for factor in (None if last else g, q) if factor is not None]
+            through = self._square(left, p) if left else []
+            q = p if q is None else through[-1]
+            if not last:
+                (g,) = self._square([through[0]], p)
+        assert q is not None
+        return q
+
+    def _inverse_root(self, e: Tensor) -> Tensor:
+        """(I − E)^(−1/2) − I, [B, r, r], by Horner's rule."""
+        *lower, sixth, seventh, eighth = INVERSE_ROOT
+        (series,) = self._square([e], e, sixth, seventh, eighth)
+        for coefficient in reversed(lower):
+            (series,) = self._square([e], series, one=coefficient)
+        return self._square([e], series)[0]
+
+    def _square(
+        self,
+        left: Sequence[Tensor],
+        right: Tensor,
+        one: float = 0.0,
+        linear: float = 0.0,
+        quadratic: float = 1.0,
+    ) -> list[Tensor]:
+        """one·I + linear·L + quadratic·LR for one or two L."""
+        out = [torch.empty_like(right) for _ in left]
+        across = triton.cdiv(self.r, SQUARE)
+        products.square_kernel[(across, across, len(left) * self.size)](
+            left[0], left[-1], right, out[0], out[-1], self.size, one, linear, quadratic,
+            self.r, SQUARE, DEPTH, **SQUARE_OPTIONS,
+        )  # fmt: skip
+        return out
+
+
+def _spread(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """An operand spread over allocations: its first matrix and the offsets of all from it, [B]."""
+    first = matrices[0]
+    offsets = tuple((m.data_ptr() - first.data_ptr()) // m.element_size() for m in matrices)
+    key = offsets, first.device
+    table = _tables.get(key)
+    if table is None:
+        # By fills: a copy from the host would wait for the device.
+        rows = [torch.full((), at, dtype=torch.int64, device=first.device) for at in offsets]
+        table = torch.stack(rows)
+        # What is made while a graph is captured is filled at replay alone and is the graph's own.
+        if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _tables[key] = table
+    return first, table
+
+
+#: Tables of offsets by those offsets and the device. A graph may hold them: none is ever dropped.
+_tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
