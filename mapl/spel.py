@@ -132,6 +132,8 @@ def _step_by_kernels(
             [matrices[index] for index in indices] for matrices in (a, grad, momentum)
         )
         ok = spel_step_batch(chosen_a, chosen_grad, chosen_momentum, lr, beta)
+        # Autograd does not see what kernels write; who saved or cached an A must.
+        torch.autograd.graph.increment_version([*chosen_a, *chosen_momentum])
         results.update(zip(indices, ok.unbind(), strict=True))
     return [results[index] for index in range(len(a))]
 

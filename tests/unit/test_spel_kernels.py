@@ -75,6 +75,13 @@ def test_agrees_with_float64(d, r, device):
         assert orthonormality_error(found.cpu().double()) < 3e-6, seeds
 
 
+def test_autograd_is_told_of_what_kernels_write(device):
+    a, grad, momentum = operands([0], 24, 8, device)
+    before = a[0]._version, momentum[0]._version
+    step_all(a, grad, momentum, 0.1)
+    assert a[0]._version > before[0] and momentum[0]._version > before[1]
+
+
 def test_square_projectors(device):
     a, grad, momentum = operands([0], 24, 24, device)
     one = (tensors[0].cpu().double() for tensors in (a, grad, momentum))
