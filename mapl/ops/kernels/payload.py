@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
-from mapl.payload import HEADER_WORDS, WORD, PayloadLayout, words
+from mapl.payload import HEADER_WORDS, WORD, PayloadLayout
 
 #: Words and ids that a program takes. The first programs do both.
 _WORDS = 1024
