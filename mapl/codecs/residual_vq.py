@@ -179,13 +179,17 @@ class ResidualVQCodec(Codec):
         if not self._fused(rows):
             super().encode_into(rows, number, out)
             return
-        from mapl.ops.kernels import rvq
+        from mapl.ops.kernels import rvq, rvq_stream
 
         self._only_the_sender("encode")
         parts = self.split(out, len(rows))
-        entries = self._streamed(number)
-        if entries is not None:
-            parts["codebook"].view(self.wire).view(entries.shape).copy_(entries)
+        if self.stream is not None:
+            due = self.stream.due(number, self.codebook.device)
+            entries = parts["codebook"].view(self.wire)
+            mine = self.stream.mine
+            rvq_stream.send(
+                self.codebook, self.counts, self.sums, due, mine, entries, learning.NO_COUNT
+            )
         bytewise = self.code_bits == 8
         codes = parts["latents"]
         if not bytewise:
@@ -215,13 +219,7 @@ class ResidualVQCodec(Codec):
         if len(bodies) != self.shards:
             raise ValueError(f"{len(bodies)} bodies arrived from {self.shards} sending processes")
         if self.stream is not None:
-            rows = out.shape[0] // self.shards
-            shape = (self.groups, self.rounds, self.stream.entries, self.size)
-            received = [
-                self.split(body, rows)["codebook"].view(self.wire).view(shape) for body in bodies
-            ]
-            due = self.stream.due(number, self.codebook.device)
-            self.codebook.index_copy_(2, due, torch.cat(received, 2).float())
+            self._take_streamed(self.stream, bodies, out.shape[0] // self.shards, number)
         super().decode(bodies, out, number)
 
     @torch.no_grad()
@@ -330,6 +328,23 @@ class ResidualVQCodec(Codec):
         shortest = self.codebook.double().norm(dim=3).amin(2).sum(1)
         bound: Tensor = scales.double()[:, None] * (lengths + shortest) * _ROUNDING
         return bound.repeat_interleave(self.size, dim=1)
+
+    def _take_streamed(
+        self, stream: CodebookStream, bodies: Sequence[Tensor], rows: int, number: int
+    ) -> None:
+        """Gives the copy the entries in all bodies of payload `number`, `rows` rows each."""
+        due = stream.due(number, self.codebook.device)
+        received = [self.split(body, rows)["codebook"].view(self.wire) for body in bodies]
+        if use_triton(self.codebook):
+            from mapl.ops.kernels import rvq_stream
+
+            for shard, entries in enumerate(received):
+                theirs = slice(shard * stream.entries, (shard + 1) * stream.entries)
+                rvq_stream.take(self.codebook, due, theirs, entries)
+            return
+        shape = (self.groups, self.rounds, stream.entries, self.size)
+        whole = torch.cat([entries.view(shape) for entries in received], 2)
+        self.codebook.index_copy_(2, due, whole.float())
 
     def _fused(self, tensor: Tensor) -> bool:
         """Whether rows are coded by the kernels of mapl.ops.kernels.rvq."""

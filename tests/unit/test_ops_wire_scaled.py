@@ -11,11 +11,13 @@ from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
 pytest.importorskip("triton")
 
 KINDS = [Fp8Codec, Int8Codec, Int4Codec]
+#: Integers are read alike, whatever they carry.
+FORMATS = [(kind, Role.ACTIVATION) for kind in KINDS] + [(Fp8Codec, Role.GRADIENT)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: n, w, g: whole groups in one tile and in several, then everything that is ragged.
-WHOLE = [(5, 8, 4), (3, 128, 64), (70, 64, 64), (2, 4096, 4096)]
-RAGGED = [(1, 1, 64), (3, 7, 64), (5, 65, 64), (9, 33, 6), (6, 24, 7), (2, 28, 28), (5, 9, 1)]
-SIZES = WHOLE[:-1] + RAGGED + [(1, 4096, 2048)]
+WHOLE = [(9, 8, 4), (70, 64, 64), (1, 4096, 2048)]
+RAGGED = [(1, 1, 64), (3, 7, 64), (5, 65, 64), (9, 33, 6), (6, 24, 7), (5, 9, 1)]
+SIZES = WHOLE + RAGGED
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_role = pytest.mark.parametrize("role", Role)
@@ -111,8 +113,7 @@ def test_every_number_that_rounds_near_a_code(device, kind, role):
     assert torch.equal(codec.encode(rows.to(device), 2).cpu(), reference(codec, rows, 2))
 
 
-@every_kind
-@every_role
+@pytest.mark.parametrize(("kind", "role"), FORMATS)
 @every_dtype
 @every_size
 def test_decoding_any_bytes(device, kind, role, dtype, count, width, group):
