@@ -64,7 +64,7 @@ def faulty(frame: PayloadLayout, sequence: int, payload: torch.Tensor) -> bool:
     return False
 
 
-@pytest.mark.parametrize("body", [0, 1, 8, 37, 20001])
+@pytest.mark.parametrize("body", [0, 8, 37, 20001])
 @pytest.mark.parametrize(("ids", "dtype"), [(0, None), (5, torch.int32), (2500, torch.int64)])
 @pytest.mark.parametrize(("size", "sequence"), [(1, 0), (2, 1), (3, 16), (4, 2**33 + 5)])
 def test_bytes_and_round_trip(monkeypatch, device, body, ids, dtype, size, sequence):

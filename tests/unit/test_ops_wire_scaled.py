@@ -16,7 +16,7 @@ FORMATS = [(kind, Role.ACTIVATION) for kind in KINDS] + [(Fp8Codec, Role.GRADIEN
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: n, w, g: whole groups in one tile and in several, then everything that is ragged.
 WHOLE = [(9, 8, 4), (70, 64, 64), (1, 4096, 2048)]
-RAGGED = [(1, 1, 64), (3, 7, 64), (5, 65, 64), (9, 33, 6), (6, 24, 7), (5, 9, 1)]
+RAGGED = [(1, 1, 64), (5, 65, 64), (9, 33, 6), (6, 24, 7), (5, 9, 1)]
 SIZES = WHOLE + RAGGED
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -79,10 +79,9 @@ def test_the_bytes_are_those_of_the_reference(device, kind, role, dtype, count, 
     if dtype is torch.bfloat16 and device.type == "cpu":
         rows[rows.abs() < 2.0**-126] = 0  # Triton's interpreter misreads subnormal bf16 numbers
     expected = reference(codec, rows, 3)
-    for poison in (0, 255):
-        out = torch.full_like(expected, poison, device=device)
-        codec.encode_into(rows.to(device), 3, out)
-        assert torch.equal(out.cpu(), expected)
+    out = (~expected).to(device)  # no byte of it is right
+    codec.encode_into(rows.to(device), 3, out)
+    assert torch.equal(out.cpu(), expected)
 
 
 @every_kind

@@ -30,6 +30,8 @@ from mapl.ops.kernels import quantise
 _ROWS = 64
 _CHUNK = 128
 _WARPS = 4
+#: Wider vectors, both parts of them together, leave registers for half as many scores.
+_NARROW = 32
 #: Numbers that a program of the other kernels takes.
 _TILE = 2048
 
@@ -67,6 +69,8 @@ def encode(
     _half_norms[(triton.cdiv(half_norms.numel(), block),)](
         codebook, half_norms, half_norms.numel(), SIZE=size, PADDED=padded, BLOCK=block
     )
+    dot = max(16, 2 * padded)
+    chunk = _CHUNK if dot <= _NARROW else _CHUNK // 2
     counts, sums = statistics or (codebook, codebook)
     _search[(triton.cdiv(count, _ROWS), groups)](
         rows,
@@ -83,11 +87,11 @@ def encode(
         CODES=entries,
         SIZE=size,
         PADDED=padded,
-        DOT=max(16, 2 * padded),
+        DOT=dot,
         EXACT=exact,
         LEARN=statistics is not None,
         ROWS=_ROWS,
-        CHUNK=min(_CHUNK, max(16, entries)),
+        CHUNK=min(chunk, max(16, entries)),
         num_warps=_WARPS,
     )
 
@@ -265,7 +269,7 @@ def _reconstruct(
 
 _SIZES = {"WIDTH": 256, "GROUPS": 32, "ROUNDS": 4, "CODES": 256, "SIZE": 8}
 _SEARCH = {**_SIZES, "PADDED": 8, "DOT": 16, "ROWS": _ROWS, "CHUNK": _CHUNK}
-_WIDE = {**_SEARCH, "GROUPS": 8, "SIZE": 32, "PADDED": 32, "DOT": 64}
+_WIDE = {**_SEARCH, "GROUPS": 8, "SIZE": 32, "PADDED": 32, "DOT": 64, "CHUNK": _CHUNK // 2}
 _POINTERS = ("rows", "scales", "codebook", "half_norms", "codes", "counts", "sums")
 
 SPECIALISATIONS = [
@@ -298,6 +302,7 @@ SPECIALISATIONS = [
             (_SEARCH, True, False),
             (_SEARCH, False, True),
             (_WIDE, True, True),
+            (_WIDE, False, True),
         ]
     ),
     Specialisation(
