@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mapl.codecs import Codec
-from mapl.payload import PayloadLayout, pack
+from mapl.payload import PayloadLayout, blank, body_of, seal
 from mapl.payload_guard import PayloadGuard
 from mapl.traffic import Ledger
 
@@ -70,13 +70,14 @@ class Channel:
         """
         rows = tensor.detach().reshape(-1, self.width)
         whole = self._layout(len(rows)).total_bytes
-        body = self.codec.encode(self._own(rows), self.sent)
         carried = None
         if self.carries_ids:
             assert ids is not None, "a channel that carries ids was given none"
             carried = self._own(ids.flatten())
         layout = self.layout_of(tensor.shape[:2])
-        payload = pack(layout, self.sent, body, carried)
+        payload = blank(layout, tensor.device)
+        self.codec.encode_into(self._own(rows), self.sent, body_of(layout, payload))
+        seal(layout, self.sent, payload, carried)
         self.sent += 1
         ledger.count(layout, uncompressed=uncompressed, unsplit=whole)
         return payload
@@ -95,7 +96,10 @@ class Channel:
         self.codec.decode([body for _, body in pieces], rows, self.received)
         self.received += 1
         ids = [part for part, _ in pieces if part is not None]
-        return torch.cat(ids).view(out.shape[:2]) if ids else None
+        if not ids:
+            return None
+        whole = ids[0] if len(ids) == 1 else torch.cat(ids)
+        return whole.view(out.shape[:2])
 
     def _own(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.share.count)[self.share.index]

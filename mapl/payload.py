@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import torch
 
+from mapl.ops import use_triton
 from mapl.token_ids import id_size, pack_ids
 
 MAGIC = int.from_bytes(b"MAPL", "little")
@@ -111,21 +112,57 @@ def pack(
             f"a body of {body.numel()} {body.dtype} does not fit the layout's "
             f"{layout.body_bytes} bytes"
         )
+    payload = blank(layout, body.device)
+    body_of(layout, payload).copy_(body)
+    seal(layout, sequence, payload, ids)
+    return payload
+
+
+def blank(layout: PayloadLayout, device: torch.device) -> torch.Tensor:
+    """A payload to be filled: uint8 [layout.total_bytes].
+
+    The padding behind the body is zero. Write the body into `body_of`, then `seal` it.
+    """
+    payload = torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
+    # The padding ends the last word but one; the checksum, the last, is summed up from 0.
+    payload.view(torch.int64)[-2:].zero_()
+    return payload
+
+
+def body_of(layout: PayloadLayout, payload: torch.Tensor) -> torch.Tensor:
+    """The body, uint8 [body_bytes], as a view of the payload."""
+    start = (HEADER_WORDS + words(layout.id_bytes)) * WORD
+    return payload[start : start + layout.body_bytes]
+
+
+def seal(
+    layout: PayloadLayout, sequence: int, payload: torch.Tensor, ids: torch.Tensor | None = None
+) -> None:
+    """Puts header, ids and checksum around the body of a payload that `blank` gave.
+
+    Args:
+        ids: integers, `id_count` of them; None if there are none.
+
+    Raises:
+        ValueError: there are more or fewer ids.
+    """
     if (0 if ids is None else ids.numel()) != layout.id_count:
         raise ValueError(
             f"{0 if ids is None else ids.numel()} token ids do not fit the layout's "
             f"{layout.id_count}"
         )
-    payload = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=body.device)
+    if use_triton(payload):
+        from mapl.ops.kernels import payload as kernels
+
+        kernels.seal(layout, sequence, payload, ids)
+        return
     content = payload.view(torch.int64)
-    content[:HEADER_WORDS] = header_on(layout, sequence, body.device)
-    start = HEADER_WORDS * WORD
+    content[:HEADER_WORDS] = header_on(layout, sequence, payload.device)
     if ids is not None:
+        start = HEADER_WORDS * WORD
+        content[HEADER_WORDS : HEADER_WORDS + words(layout.id_bytes)] = 0
         payload[start : start + layout.id_bytes] = pack_ids(ids, layout.id_size)
-        start += words(layout.id_bytes) * WORD
-    payload[start : start + layout.body_bytes] = body
     content[-1] = checksum(content[:-1])
-    return payload
 
 
 def checksum(content: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mapl.ops import use_triton
 from mapl.payload import (
     FORMAT_VERSION,
     HEADER_WORDS,
@@ -17,9 +18,9 @@ from mapl.payload import (
     WORD,
     Direction,
     PayloadLayout,
+    body_of,
     checksum,
     header_on,
-    words,
 )
 from mapl.token_ids import unpack_ids
 
@@ -55,18 +56,23 @@ class PayloadGuard:
                 f"{_place(layout)}, payload {sequence}: {payload.numel()} bytes arrived, "
                 f"{layout.total_bytes} are due: both sides must run with the same flags"
             )
-        start = HEADER_WORDS * WORD
+        body = body_of(layout, payload)
+        if use_triton(payload):
+            from mapl.ops.kernels import payload as kernels
+
+            mark = self._mark(layout, payload.device)
+            return kernels.check(layout, sequence, payload, mark), body
         ids = None
         if layout.id_count:
+            start = HEADER_WORDS * WORD
             ids = unpack_ids(payload[start : start + layout.id_bytes], layout.id_size)
-            start += words(layout.id_bytes) * WORD
         if payload.device.type == "cpu":
             _check(layout, sequence, payload.view(torch.int64), ids)
         else:
             self.flag(layout, sequence, payload.view(torch.int64), ids)
             if ids is not None:  # a look-up must not read beyond its table before the flag is read
                 ids = ids.clamp(0, layout.vocab_size - 1)
-        return ids, payload[start : start + layout.body_bytes]
+        return ids, body
 
     def flag(
         self,
@@ -84,10 +90,15 @@ class PayloadGuard:
         if ids is not None:
             bad = bad | _strangers(layout, ids).any()
         # The first bad payload is the one to name.
-        mark = torch.where(bad, sequence, _NONE)
+        mark = self._mark(layout, content.device)
+        mark.copy_(torch.minimum(mark, torch.where(bad, sequence, _NONE)))
+
+    def _mark(self, layout: PayloadLayout, device: torch.device) -> torch.Tensor:
+        """The number of the first bad payload of this boundary and direction, 0-dim int64."""
         place = (layout.boundary, layout.direction)
-        before = self._faulty.get(place)
-        self._faulty[place] = mark if before is None else torch.minimum(before, mark)
+        if place not in self._faulty:
+            self._faulty[place] = torch.full((), _NONE, device=device)
+        return self._faulty[place]
 
     def raise_if_faulty(self) -> None:
         """Reads the flags of the payloads since the last call.

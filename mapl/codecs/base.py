@@ -52,6 +52,13 @@ class Codec(nn.Module):
         """
         raise NotImplementedError
 
+    def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
+        """Fills `out`, uint8 [body_bytes(n)] on the device of `rows`, with what `encode` gives.
+
+        A payload is made this way. A codec that can write straight into it overrides this.
+        """
+        out.copy_(self.encode(rows, number))
+
     def decode(self, bodies: Sequence[Tensor], out: Tensor, number: int) -> None:
         """Fills `out` with what was encoded.
 

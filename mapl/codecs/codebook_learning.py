@@ -24,7 +24,7 @@ _NUDGE = 2.0**-6
 
 #: A count that has decayed below this is as good as none: the quotient of subnormal numbers could
 #: be anything.
-_NO_COUNT = 2.0**-80
+NO_COUNT = 2.0**-80
 
 
 def initial_codebook(
@@ -70,8 +70,8 @@ def centroids(counts: Tensor, sums: Tensor, otherwise: Tensor) -> Tensor:
         counts: [...] fp32.
         sums, otherwise: [..., v] fp32.
     """
-    known = counts[..., None] > _NO_COUNT
-    return torch.where(known, sums / counts[..., None].clamp(min=_NO_COUNT), otherwise)
+    known = counts[..., None] > NO_COUNT
+    return torch.where(known, sums / counts[..., None].clamp(min=NO_COUNT), otherwise)
 
 
 def revived(counts: Tensor, sums: Tensor, key: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def usage(counts: Tensor) -> dict[str, float]:
         all codes are used alike, 1 if one is. `dead`: the share of dead codes. Before there is any
         data 1 and 0.
     """
-    shares = counts / counts.sum(-1, keepdim=True).clamp(min=_NO_COUNT)
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=NO_COUNT)
     entropy = torch.special.entr(shares).sum(-1)
     dead = counts < _dead_below(counts)
     return {"perplexity": float(entropy.exp().mean()), "dead": float(dead.float().mean())}

@@ -30,11 +30,11 @@ def stream_key(*words: int) -> int:
 def hash64(key: int, count: int, device: torch.device) -> Tensor:
     """The first `count` outputs of SplitMix64 with state `key`, as int64 [count]."""
     x = torch.arange(1, count + 1, dtype=torch.int64, device=device)
-    x.mul_(_signed(_GAMMA)).add_(_signed(key))
+    x.mul_(signed(_GAMMA)).add_(signed(key))
     for shift, factor in _ROUNDS:
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
         if factor is not None:
-            x.mul_(_signed(factor))
+            x.mul_(signed(factor))
     return x
 
 
@@ -57,7 +57,7 @@ def gaussian(key: int, count: int, device: torch.device) -> Tensor:
     return (total - 8 * 255 // 2).float().mul_((8 * (256**2 - 1) / 12) ** -0.5)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The int64 of the same bits."""
     word %= _WORD
     return word - _WORD if word >= _WORD // 2 else word

@@ -42,9 +42,14 @@ from mapl.codecs.codebook_stream import CodebookStream
 from mapl.codecs.counter_random import stream_key
 from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
 from mapl.fp32 import keep_dtype
+from mapl.ops import use_triton
 
 #: After these updates the whole codebook crosses; by the last one it hardly moves any more.
 WHOLE_AFTER = frozenset({1, 2, 4, 8, 16})
+
+#: Larger groups and rows go through the plain code on a GPU too: there a group is no longer small
+#: beside what the tensor cores take at once, nor a row beside the registers of a program.
+_LARGEST_SIZE, _LARGEST_WIDTH = 32, 8192
 
 #: More than what fp32 arithmetic can add to an error.
 _ROUNDING = 1.0001
@@ -151,13 +156,11 @@ class ResidualVQCodec(Codec):
             RuntimeError: this end does not send.
         """
         self._only_the_sender("encode")
-        body = []
-        if self.stream is not None:
-            # All shards' entries, for that is what the receiver has when it decodes this payload.
-            due = self.stream.due(number, self.codebook.device)
-            entries = self._master(due)
-            self.codebook.index_copy_(2, due, entries.float())
-            body.append(as_bytes(entries[:, :, self.stream.mine]))
+        if self._fused(rows):
+            whole = rows.new_empty(self.body_bytes(len(rows)), dtype=torch.uint8)
+            self.encode_into(rows, number, whole)
+            return whole
+        entries = self._streamed(number)
         scales, quotients = residual_search.normalised(rows)
         vectors = quotients.view(-1, self.groups, self.size)
         codes = residual_search.search(vectors, self.codebook)
@@ -167,8 +170,41 @@ class ResidualVQCodec(Codec):
             residual_search.add_statistics(
                 vectors, codes, self.codebook, weights, counts.view(-1), sums.view(-1, self.size)
             )
-        body += [as_bytes(scales), pack_bits(codes.flatten(), self.code_bits)]
-        return torch.cat(body)
+        body = [] if entries is None else [as_bytes(entries)]
+        return torch.cat([*body, as_bytes(scales), pack_bits(codes.flatten(), self.code_bits)])
+
+    @torch.no_grad()
+    def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
+        """See `Codec` and `encode`."""
+        if not self._fused(rows):
+            super().encode_into(rows, number, out)
+            return
+        from mapl.ops.kernels import rvq, rvq_stream
+
+        self._only_the_sender("encode")
+        parts = self.split(out, len(rows))
+        if self.stream is not None:
+            due = self.stream.due(number, self.codebook.device)
+            entries = parts["codebook"].view(self.wire)
+            mine = self.stream.mine
+            rvq_stream.send(
+                self.codebook, self.counts, self.sums, due, mine, entries, learning.NO_COUNT
+            )
+        bytewise = self.code_bits == 8
+        codes = parts["latents"]
+        if not bytewise:
+            count = len(rows) * self.groups * self.rounds
+            codes = torch.empty(count, dtype=torch.int32, device=rows.device)
+        rvq.encode(
+            rows,
+            self.codebook,
+            parts["scales"].view(torch.bfloat16),
+            codes,
+            self._split(self.fresh) if self.training else None,
+            exact=self.wire != torch.float32,
+        )
+        if not bytewise:
+            parts["latents"].copy_(pack_bits(codes, self.code_bits))
 
     @torch.no_grad()
     def decode(self, bodies: Sequence[Tensor], out: Tensor, number: int) -> None:
@@ -183,13 +219,7 @@ class ResidualVQCodec(Codec):
         if len(bodies) != self.shards:
             raise ValueError(f"{len(bodies)} bodies arrived from {self.shards} sending processes")
         if self.stream is not None:
-            rows = out.shape[0] // self.shards
-            shape = (self.groups, self.rounds, self.stream.entries, self.size)
-            received = [
-                self.split(body, rows)["codebook"].view(self.wire).view(shape) for body in bodies
-            ]
-            due = self.stream.due(number, self.codebook.device)
-            self.codebook.index_copy_(2, due, torch.cat(received, 2).float())
+            self._take_streamed(self.stream, bodies, out.shape[0] // self.shards, number)
         super().decode(bodies, out, number)
 
     @torch.no_grad()
@@ -197,6 +227,14 @@ class ResidualVQCodec(Codec):
         """Decodes one body with the copy as it stands; takes no entries."""
         rows = out.shape[0]
         parts = self.split(body, rows)
+        if self._fused(out) and out.is_contiguous():
+            from mapl.ops.kernels import rvq
+
+            codes = parts["latents"]
+            if self.code_bits != 8:
+                codes = unpack_bits(codes, self.code_bits, rows * self.groups * self.rounds)
+            rvq.decode(parts["scales"].view(torch.bfloat16), codes, self.codebook, out)
+            return
         codes = unpack_bits(parts["latents"], self.code_bits, rows * self.groups * self.rounds)
         vectors = residual_search.reconstructed(
             self.codebook, codes.view(rows, self.groups, self.rounds)
@@ -290,6 +328,41 @@ class ResidualVQCodec(Codec):
         shortest = self.codebook.double().norm(dim=3).amin(2).sum(1)
         bound: Tensor = scales.double()[:, None] * (lengths + shortest) * _ROUNDING
         return bound.repeat_interleave(self.size, dim=1)
+
+    def _take_streamed(
+        self, stream: CodebookStream, bodies: Sequence[Tensor], rows: int, number: int
+    ) -> None:
+        """Gives the copy the entries in all bodies of payload `number`, `rows` rows each."""
+        due = stream.due(number, self.codebook.device)
+        received = [self.split(body, rows)["codebook"].view(self.wire) for body in bodies]
+        if use_triton(self.codebook):
+            from mapl.ops.kernels import rvq_stream
+
+            for shard, entries in enumerate(received):
+                theirs = slice(shard * stream.entries, (shard + 1) * stream.entries)
+                rvq_stream.take(self.codebook, due, theirs, entries)
+            return
+        shape = (self.groups, self.rounds, stream.entries, self.size)
+        whole = torch.cat([entries.view(shape) for entries in received], 2)
+        self.codebook.index_copy_(2, due, whole.float())
+
+    def _fused(self, tensor: Tensor) -> bool:
+        """Whether rows are coded by the kernels of mapl.ops.kernels.rvq."""
+        small = self.size <= _LARGEST_SIZE and self.width <= _LARGEST_WIDTH
+        return small and use_triton(tensor)
+
+    def _streamed(self, number: int) -> Tensor | None:
+        """This process's entries for payload `number` in the wire dtype, [G, R, e, v], if any.
+
+        The copy takes all shards' entries, for that is what the receiver has when it decodes this
+        payload.
+        """
+        if self.stream is None:
+            return None
+        due = self.stream.due(number, self.codebook.device)
+        entries = self._master(due)
+        self.codebook.index_copy_(2, due, entries.float())
+        return entries[:, :, self.stream.mine]
 
     def _master(self, which: Tensor | None = None) -> Tensor:
         """The master's entries in the wire dtype, [G, R, K, v] or those of some codes.

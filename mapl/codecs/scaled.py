@@ -24,6 +24,7 @@ from mapl.codecs.base import Codec, Role
 from mapl.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from mapl.codecs.casting import SMALLEST_SCALE, as_bytes, bf16_up, copy_clamped
 from mapl.codecs.counter_random import stream_key, uniform
+from mapl.ops import use_triton
 
 #: Rounding s up to the 8 significant bits of bf16 makes it larger by less than this factor; the
 #: second one is for the fp32 rounding of max |x| / q_max.
@@ -46,6 +47,10 @@ class ScaledCodec(Codec):
 
     bits: ClassVar[int]
     largest_code: float
+    #: What the kernels call the format of a code, a key of `mapl.ops.kernels.quantise.LARGEST`.
+    format: str
+    #: Whether numbers are rounded up or down at random.
+    stochastic = False
 
     def __init__(self, role: Role, width: int, group_size: int, seed: int) -> None:
         super().__init__()
@@ -66,6 +71,10 @@ class ScaledCodec(Codec):
 
     @torch.no_grad()
     def encode(self, rows: Tensor, number: int) -> Tensor:
+        if use_triton(rows):
+            body = rows.new_empty(self.body_bytes(len(rows)), dtype=torch.uint8)
+            self.encode_into(rows, number, body)
+            return body
         wide = rows.float()
         # Not divided: CUDA divides by a host number otherwise than the CPU.
         scales = bf16_up((self._group_max(wide) * (1 / self.largest_code)).clamp(SMALLEST_SCALE))
@@ -74,7 +83,22 @@ class ScaledCodec(Codec):
         ratio.clamp_(-self.largest_code, self.largest_code)
         return torch.cat([as_bytes(scales), self._to_codes(ratio, number)])
 
+    @torch.no_grad()
+    def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
+        if not use_triton(rows):
+            super().encode_into(rows, number, out)
+            return
+        from mapl.ops.kernels import scaled
+
+        key = stream_key(self.seed, number)
+        scaled.encode(rows, out, self.group_size, self.format, self.stochastic, key)
+
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
+        if use_triton(out) and out.is_contiguous():
+            from mapl.ops.kernels import scaled
+
+            scaled.decode(body, out, self.group_size, self.format)
+            return
         parts = self.split(body, out.shape[0])
         scales = parts["scales"].view(torch.bfloat16).view(-1, self.groups)
         values = self._from_codes(parts["latents"], out.numel()).view(-1, self.width)
@@ -126,6 +150,7 @@ class Fp8Codec(ScaledCodec):
         activation = role is Role.ACTIVATION
         self.float8 = torch.float8_e4m3fn if activation else torch.float8_e5m2
         self.largest_code = torch.finfo(self.float8).max
+        self.format = "e4m3" if activation else "e5m2"
 
     def _to_codes(self, ratio: Tensor, number: int) -> Tensor:
         return as_bytes(ratio.to(self.float8))
@@ -151,8 +176,12 @@ class IntegerCodec(ScaledCodec):
     fp32, by less than 2⁻¹⁶.
     """
 
+    def __init__(self, role: Role, width: int, group_size: int, seed: int) -> None:
+        super().__init__(role, width, group_size, seed)
+        self.stochastic = role is Role.GRADIENT
+
     def _to_codes(self, ratio: Tensor, number: int) -> Tensor:
-        if self.role is Role.GRADIENT:
+        if self.stochastic:
             below = ratio.floor()
             key = stream_key(self.seed, number)
             chance = uniform(key, ratio.numel(), ratio.device).view(ratio.shape)
@@ -167,7 +196,7 @@ class IntegerCodec(ScaledCodec):
         raise NotImplementedError
 
     def _code_error(self, rows: Tensor, scales: Tensor) -> Tensor:
-        steps = 1.0 if self.role is Role.GRADIENT else 0.5
+        steps = 1.0 if self.stochastic else 0.5
         return (steps + 2.0**-16) * scales
 
 
@@ -176,6 +205,7 @@ class Int8Codec(IntegerCodec):
 
     bits = 8
     largest_code = 127.0
+    format = "int8"
 
     def _pack(self, integers: Tensor) -> Tensor:
         return integers.to(torch.int8).view(torch.uint8)
@@ -192,6 +222,7 @@ class Int4Codec(IntegerCodec):
 
     bits = 4
     largest_code = 7.0
+    format = "int4"
 
     def _pack(self, integers: Tensor) -> Tensor:
         return pack_bits(integers.to(torch.int32) + 8, self.bits)

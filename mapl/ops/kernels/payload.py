@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frame of a payload, written and checked in one kernel each: see mapl.payload.
+
+A checksum is a sum of int64 words, which wraps: its parts may be added up by atomics in any order
+and always give the same. Sequence numbers and header words are arguments of the launch, so nothing
+is copied from the host.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mapl.ops.ahead_of_time import Specialisation
+from mapl.payload import HEADER_WORDS, WORD, PayloadLayout
+
+#: Words and ids that a program takes. The first programs do both.
+_WORDS = 1024
+_IDS = 1024
+
+
+def seal(layout: PayloadLayout, sequence: int, payload: Tensor, ids: Tensor | None) -> None:
+    """Writes header, ids and checksum around a body that stands in its place already.
+
+    Args:
+        payload: uint8 [layout.total_bytes]. Its last word is 0, and so are the bytes between the
+            body and that.
+        ids: integers, `id_count` of them, or None.
+    """
+    content = payload.view(torch.int64)
+    first, place, _, total = layout.header(sequence)
+    _seal_payload[(triton.cdiv(len(content) - 1, _WORDS),)](
+        content,
+        content if ids is None else ids.contiguous(),
+        sequence,
+        place,
+        total,
+        layout.id_count,
+        FIRST=first,
+        ID_SIZE=0 if ids is None else layout.id_size,
+        BLOCK=_WORDS,
+        num_warps=8,
+    )
+
+
+def check(layout: PayloadLayout, sequence: int, payload: Tensor, mark: Tensor) -> Tensor | None:
+    """Makes `mark` the least of itself and `sequence` if the payload is not the one that is due.
+
+    Args:
+        payload: uint8 [layout.total_bytes].
+        mark: int64, 0-dim.
+
+    Returns:
+        The ids int32 [id_count], clamped to the vocabulary, or None if it has none.
+    """
+    content = payload.view(torch.int64)
+    _, place, _, total = layout.header(sequence)
+    ids = None
+    if layout.id_count:
+        ids = torch.empty(layout.id_count, dtype=torch.int32, device=payload.device)
+    # Not kept from payload to payload: those of two streams must not share it.
+    state = torch.zeros(2, dtype=torch.int64, device=payload.device)
+    blocks = max(triton.cdiv(len(content), _WORDS), triton.cdiv(layout.id_count, _IDS))
+    _check_payload[(blocks,)](
+        content,
+        payload[HEADER_WORDS * WORD :],
+        content if ids is None else ids,
+        state,
+        mark,
+        sequence,
+        place,
+        total,
+        layout.id_count,
+        layout.vocab_size - 1,
+        FIRST=layout.header(0)[0],
+        ID_SIZE=0 if ids is None else layout.id_size,
+        BLOCK=_WORDS,
+        IDS=_IDS,
+        num_warps=8,
+    )
+    return ids
+
+
+_HEADER = tl.constexpr(HEADER_WORDS)
+
+
+@triton.jit
+def _header(word, sequence, place, total, FIRST: tl.constexpr):
+    """The words of the header; what stands beyond it means nothing."""
+    zero = tl.zeros(word.shape, tl.int64)
+    header = tl.where(word == 1, zero + place, zero + FIRST)
+    header = tl.where(word == 2, zero + sequence, header)
+    return tl.where(word == 3, zero + total, header)
+
+
+@triton.jit(do_not_specialize=["sequence", "place", "total", "id_count"])
+def _seal_payload(
+    content,
+    ids,
+    sequence,
+    place,
+    total,
+    id_count,
+    FIRST: tl.constexpr,
+    ID_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    closing = total // 8 - 1
+    body = _HEADER + (id_count * ID_SIZE + 7) // 8
+    start = tl.program_id(0) * BLOCK
+    word = start + tl.arange(0, BLOCK)
+    inside = (word >= body) & (word < closing)
+    value = tl.load(content + word, mask=inside, other=0)
+    if start < body:
+        if ID_SIZE > 0:
+            for byte in tl.static_range(8):
+                position = (word - _HEADER) * 8 + byte
+                which = position // ID_SIZE
+                mask = (word >= _HEADER) & (which < id_count)
+                whole = tl.load(ids + which, mask=mask, other=0).to(tl.int64)
+                shift = (position % ID_SIZE * 8).to(tl.int64)
+                value = value | (((whole >> shift) & 255) << (8 * byte))
+        header = _header(word, sequence, place, total, FIRST)
+        value = tl.where(word < _HEADER, header, value)
+        tl.store(content + word, value, mask=word < body)
+    tl.atomic_add(content + closing, tl.sum(value * (2 * word + 1).to(tl.int64)))
+
+
+@triton.jit(do_not_specialize=["sequence", "place", "total", "id_count", "last_id"])
+def _check_payload(
+    content,
+    id_bytes,
+    ids,
+    state,
+    mark,
+    sequence,
+    place,
+    total,
+    id_count,
+    last_id,
+    FIRST: tl.constexpr,
+    ID_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    closing = total // 8 - 1
+    program = tl.program_id(0)
+    word = program * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(content + word, mask=word < closing, other=0)
+    wrong = (word < _HEADER) & (value != _header(word, sequence, place, total, FIRST))
+    faults = tl.sum(wrong.to(tl.int32))
+    if ID_SIZE > 0:
+        if program * IDS < id_count:
+            which = program * IDS + tl.arange(0, IDS)
+            carried = which < id_count
+            found = tl.zeros([IDS], tl.int32)
+            for byte in tl.static_range(ID_SIZE):
+                part = tl.load(id_bytes + which * ID_SIZE + byte, mask=carried, other=0)
+                found = found | (part.to(tl.int32) << (8 * byte))
+            faults += tl.sum(((found < 0) | (found > last_id)).to(tl.int32))
+            found = tl.minimum(tl.maximum(found, 0), last_id).to(tl.int32)
+            tl.store(ids + which, found, mask=carried)
+    due = tl.zeros([1], tl.int64) + sequence
+    tl.atomic_min(mark + tl.zeros([1], tl.int32), due, mask=faults > 0)
+    tl.atomic_add(state, tl.sum(value * (2 * word + 1).to(tl.int64)))
+    # Whoever comes last finds the whole sum.
+    if tl.atomic_add(state + 1, 1) == tl.num_programs(0) - 1:
+        differs = tl.atomic_add(state, 0) != tl.load(content + closing)
+        tl.atomic_min(mark + tl.zeros([1], tl.int32), due, mask=differs)
+
+
+_SCALARS = dict.fromkeys(("sequence", "place", "total", "id_count"), "i32")
+
+SPECIALISATIONS = [
+    Specialisation(
+        _seal_payload,
+        {"content": "*i64", "ids": "*i64", **_SCALARS},
+        {"FIRST": 1 << 32, "ID_SIZE": size, "BLOCK": _WORDS},
+        {"num_warps": 8},
+        divisible=("content", "ids"),
+    )
+    for size in (0, 2, 3)
+] + [
+    Specialisation(
+        _check_payload,
+        {
+            **{"content": "*i64", "id_bytes": "*u8", "ids": "*i32", "state": "*i64"},
+            **{"mark": "*i64", **_SCALARS, "last_id": "i32"},
+        },
+        {"FIRST": 1 << 32, "ID_SIZE": size, "BLOCK": _WORDS, "IDS": _IDS},
+        {"num_warps": 8},
+        divisible=("content", "id_bytes", "ids", "state", "mark"),
+    )
+    for size in (0, 2, 3)
+]
