@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_kernels_compile_for_hopper():
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    paths = (str(ROOT), environment.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [sys.executable, str(ROOT / "tools" / "compile_ops.py")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr

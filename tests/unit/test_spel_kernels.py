@@ -197,7 +197,7 @@ def test_on_a_cpu_all_is_each_by_spel_step(monkeypatch):
         ({"momentum": [torch.zeros(9)[1:].view(4, 2)]}, "16-byte aligned"),
     ],
 )
-def test_refuses(change, match):
+def test_refuses(change, match, device):
     arguments = {
         "a": [torch.eye(4, 2)],
         "grad": [torch.zeros(4, 2)],
@@ -205,10 +205,21 @@ def test_refuses(change, match):
         "lr": 0.1,
     }
     with pytest.raises(ValueError, match=match):
-        step_all(**(arguments | change))
+        step_all(**{name: _moved(value, device) for name, value in (arguments | change).items()})
+
+
+def _moved(value, device):
+    """The same on the device, its strides and its misalignment too."""
+    if isinstance(value, list):
+        return [_moved(one, device) for one in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = torch.zeros(value.untyped_storage().nbytes() // value.itemsize, dtype=value.dtype)
+    moved = storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+    return moved.copy_(value)
 
 
 @pytest.mark.parametrize("shape,dtype", [((2, 4), torch.float32), ((4, 2), torch.float64)])
-def test_refuses_matrices(shape, dtype):
+def test_refuses_matrices(shape, dtype, device):
     with pytest.raises(ValueError, match="fp32 with at least as many rows"):
-        step_all(*([torch.zeros(shape, dtype=dtype)] for _ in range(3)), 0.1)
+        step_all(*([torch.zeros(shape, dtype=dtype, device=device)] for _ in range(3)), 0.1)

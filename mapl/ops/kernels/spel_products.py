@@ -30,7 +30,7 @@ SPLIT = 384
 SQUARE, SUM = 64, 32
 
 TALL_OPTIONS = {"num_warps": 8, "num_stages": 2}
-SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 #: What `sum_kernel` makes of LᵀR.
 SYMMETRIC_PART, NORMALISED, PLAIN, FROM_IDENTITY = 0, 1, 2, 3
