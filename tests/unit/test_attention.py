@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention through torch's kernels: Megatron's numbers, outputs and gradients."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,15 +65,17 @@ def results(module: Any, tensors: list[torch.Tensor], mask: Any = None) -> list[
 
 
 @pytest.fixture(autouse=True)
-def no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron keeps the scores in a buffer of its parallel state, which does not stand here."""
-    from megatron.core import parallel_state
+def no_parallel_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron keeps the scores in a buffer of its parallel state, and generators beside it."""
+    from megatron.core import parallel_state, tensor_parallel
 
     def tensor(shape: Any, dtype: torch.dtype, name: str) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
     buffer = SimpleNamespace(get_tensor=tensor)
     monkeypatch.setattr(parallel_state, "get_global_memory_buffer", lambda: buffer)
+    tracker = SimpleNamespace(fork=nullcontext)
+    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
 
 
 @pytest.mark.parametrize("groups", [HEADS, 2, 1])
