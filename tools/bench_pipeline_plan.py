@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from mapl.memory import Stage, added, in_flight
+
 
 @dataclass(frozen=True)
 class Model:
@@ -78,12 +80,14 @@ class Layout:
         processes, gpus: how many.
         flags: Megatron's.
         backend: None for a layout without a pipeline.
+        chunks: of the model in each process.
     """
 
     processes: int
     gpus: int
     flags: str = ""
     backend: str | None = None
+    chunks: int = 1
 
 
 def _pipeline(size: int) -> str:
@@ -96,12 +100,14 @@ LAYOUTS = {
     "gloo-pp4": Layout(4, 1, _pipeline(4), "gloo"),
     "nccl-pp2": Layout(2, 2, _pipeline(2), "nccl"),
     "nccl-pp2-vpp2": Layout(
-        2, 2, f"{_pipeline(2)} --num-virtual-stages-per-pipeline-rank 2", "nccl"
+        2, 2, f"{_pipeline(2)} --num-virtual-stages-per-pipeline-rank 2", "nccl", 2
     ),
 }
 
 #: What the others are compared with.
 PLAIN = "plain"
+#: Uncompressed, but as MAPL sends it.
+UNPROJECTED = "payloads"
 
 
 def settings(model: Model) -> dict[str, list[str]]:
@@ -110,12 +116,28 @@ def settings(model: Model) -> dict[str, list[str]]:
     through = f"--mapl-rank {model.hidden} --mapl-projector none --mapl-anchor none"
     flags = {
         PLAIN: "",
-        "payloads": through,  # uncompressed, but as MAPL sends it
+        UNPROJECTED: through,
         "mapl": mapl,
         **{name: f"{mapl} {_codec(name, name)}" for name in ("int8", "int4", "fp8")},
         "rvq": f"{mapl} {_codec('rvq', 'int8')}",
     }
     return {name: text.split() for name, text in flags.items()}
+
+
+def formula(model: Model, layout: Layout, process: int) -> int:
+    """Bytes that boundaries add to the memory of a process of the pipeline, at most."""
+    stage = Stage(
+        hidden_size=model.hidden,
+        rank=model.rank,
+        anchor_rank=model.hidden // 4,
+        vocab_size=model.vocabulary,
+        tokens=model.sequence * model.micro_batch,
+        sending=layout.chunks - (process == layout.processes - 1),
+        receiving=layout.chunks - (process == 0),
+        in_flight=in_flight(layout.processes, process, model.micro_batches, layout.chunks),
+        ahead=2 if layout.backend == "gloo" else 0,
+    )
+    return sum(added(stage).values())
 
 
 def _codec(forward: str, backward: str) -> str:

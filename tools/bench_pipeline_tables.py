@@ -5,7 +5,7 @@ import statistics
 from itertools import pairwise
 from typing import Any
 
-from bench_pipeline_plan import PLAIN
+from bench_pipeline_plan import LAYOUTS, PLAIN, UNPROJECTED, Model, formula
 
 _GIB = 2**30
 
@@ -72,7 +72,10 @@ def _speed(report: dict[str, Any]) -> str:
 def _memory(report: dict[str, Any]) -> str:
     peaks = {name: _peaks(report, name) for name in _names(report)}
     plain = peaks.get(PLAIN)
-    rows = ["| setting | GiB at most, by rank | more than plain, MiB, by rank |", "|---|---|---|"]
+    rows = [
+        "| setting | GiB at most, by rank | more than plain, MiB, by rank | by the formula, MiB |",
+        "|---|---|---|---|",
+    ]
     for name, values in peaks.items():
         gib = ", ".join(f"{value / _GIB:.2f}" for value in values)
         more = "–"
@@ -80,7 +83,12 @@ def _memory(report: dict[str, Any]) -> str:
             more = ", ".join(
                 f"{(value - base) / 2**20:+.0f}" for value, base in zip(values, plain, strict=True)
             )
-        rows.append(f"| {name} | {gib} | {more} |")
+        model, layout = Model(**report["model"]), LAYOUTS[report["layout"]]
+        said = "–"
+        if name not in (PLAIN, UNPROJECTED):
+            sizes = [formula(model, layout, rank) for rank in range(len(values))]
+            said = ", ".join(f"{size / 2**20:.0f}" for size in sizes)
+        rows.append(f"| {name} | {gib} | {more} | {said} |")
     return "\n".join(rows)
 
 

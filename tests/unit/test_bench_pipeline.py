@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def report(**more: Any) -> dict[str, Any]:
     return {
         "layout": "gloo-pp2",
         "gpus": 1,
-        "model": {"layers": 1, "hidden": 2, "sequence": 3, "micro_batches": 4, "micro_batch": 5}
-        | {"rank": 6},
+        "model": asdict(plan.TINY),
         "parameters": 7e9,
         "flops_a_token": 1e9,
         "tokens": 1000,
@@ -63,7 +63,7 @@ def test_tables() -> None:
     assert steps_of(report(), "plain") == [0.5] * 6  # the step before them was the warm-up
     assert "| plain | 500.0 | 2,000 | 20.0% | 10.0% | 1.0000 | – |" in text
     assert "| mapl | 625.0 | 1,600 | 16.0% | 8.0% | 0.8000 | – |" in text
-    assert "| mapl | 1.00, 1.00 | +2, +2 |" in text
+    assert "| mapl | 1.00, 1.00 | +2, +2 | 0, 0 |" in text
     assert "rvq" not in text
 
 
