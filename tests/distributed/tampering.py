@@ -184,6 +184,15 @@ def staged_transfers(record: dict[str, Any]) -> None:
     staging.StagedTransport._transfer = noting_transfer  # type: ignore[method-assign]
 
 
+def torch_attention(record: dict[str, Any]) -> None:
+    """No fault: attention as on a GPU without Transformer Engine."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    from megatron.mapl import attention
+
+    LocalSpecProvider.core_attention = attention.core_attention
+
+
 def unbatched_and_staged_transfers(record: dict[str, Any]) -> None:
     """No fault: both."""
     unbatched_transfers(record)
