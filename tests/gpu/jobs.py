@@ -52,7 +52,9 @@ def run(
     command += [str(processes), str(HERE / "job.py"), str(folder), json.dumps(job)]
     variables = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(DISTRIBUTED)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(DISTRIBUTED), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         **dict(environment),
