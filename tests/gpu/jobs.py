@@ -31,22 +31,21 @@ def run(
     arguments: str,
     *,
     deterministic: bool = False,
-    pressure: bool = False,
-    environment: tuple[tuple[str, str], ...] = (),
+    around_payloads: str = "",
 ) -> Result:
     """Runs a job to its end; one that was run before is not run again.
 
     Args:
         arguments: beside those of the model (tests/distributed/layouts.py).
         deterministic: whether the same job must give the same bits.
-        pressure: whether freed memory is spoilt around every payload.
-        environment: more variables.
+        around_payloads: "spoil" freed memory, or "wait" for the stream, before and after each is
+            packed and unpacked.
     """
     folder = Path(mkdtemp(prefix="mapl-job-"))
     job = {
         "arguments": [*MODEL, *arguments.split()],
         "deterministic": deterministic,
-        "pressure": pressure,
+        "around_payloads": around_payloads,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), str(HERE / "job.py"), str(folder), json.dumps(job)]
@@ -57,7 +56,6 @@ def run(
         ),
         "OMP_NUM_THREADS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        **dict(environment),
     }
     with (folder / "log.0").open("w") as log:
         done = subprocess.run(

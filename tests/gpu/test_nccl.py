@@ -46,11 +46,12 @@ def test_sides_stay_equal(layout: str, forward: str, backward: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lifetimes(layout: str) -> None:
     """Freed memory is spoilt at once, and nothing changes: not by a bit, not against a run in
-    which the host waits for every kernel."""
+    which the host is never ahead of the device where payloads are packed and unpacked."""
     codecs = "--mapl-forward-codec int8 --mapl-backward-codec int4"
     job = f"{LAYOUTS[layout]} {MANY} --mapl-rank 16 {codecs}"
-    waiting = run(2, job, deterministic=True, environment=(("CUDA_LAUNCH_BLOCKING", "1"),))
-    pressed = run(2, job, deterministic=True, pressure=True)
+    # CUDA_LAUNCH_BLOCKING would wait for receives whose senders wait for this process.
+    waiting = run(2, job, deterministic=True, around_payloads="wait")
+    pressed = run(2, job, deterministic=True, around_payloads="spoil")
     assert pressed.losses == waiting.losses
     assert torch.tensor(pressed.losses).isfinite().all()
     assert_sides_equal(pressed, BOUNDARIES[layout])

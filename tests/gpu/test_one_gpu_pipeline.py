@@ -51,6 +51,6 @@ def test_timing_changes_no_bit() -> None:
         4,
         f"{PP4_GLOO} {INT8} --mapl-emulate-latency 3 --mapl-receive-ahead 0",
         deterministic=True,
-        pressure=True,
+        around_payloads="spoil",
     )
     assert slow.losses == straight.losses
