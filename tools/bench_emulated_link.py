@@ -34,7 +34,8 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from torch.multiprocessing.spawn import start_processes  # noqa: E402
 
-from megatron.mapl.emulation import Direction, LinkEmulation, Operation, transfer  # noqa: E402
+from megatron.mapl.emulation import LinkEmulation  # noqa: E402
+from megatron.mapl.transport import Direction, Operation, transfer  # noqa: E402
 
 KIB = 1024
 Traffic = Literal["one way", "both ways", "shared"]

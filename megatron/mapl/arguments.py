@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def emulation_from_args(args: Any, *, cpu_mode: bool) -> EmulationConfig:
+def emulation_from_args(args: Any) -> EmulationConfig:
     """The emulated network; fills the namespace with what the user left out.
 
     Raises:
@@ -63,10 +63,10 @@ def emulation_from_args(args: Any, *, cpu_mode: bool) -> EmulationConfig:
                 f"{flag} has no effect without links between stages; leave it out, or use "
                 "--pipeline-model-parallel-size 2 or more"
             )
-        if not cpu_mode:
+        if args.distributed_backend != "gloo":
             raise ValueError(
-                f"{flag} delays what CPUs send each other; leave it out, or hide the GPUs to train "
-                "on the CPU (CUDA_VISIBLE_DEVICES=)"
+                f"{flag} delays what CPUs send each other, not {args.distributed_backend}; leave "
+                "it out, or use --distributed-backend gloo, which GPUs can use too"
             )
     return config
 

@@ -7,7 +7,7 @@ stage on one host share the host's links: all that they send to the next stage t
 of one link. In a pipeline of two stages the next stage is the previous one too, by the same link.
 
 As with gloo, a message waits for its receiver: see `megatron.mapl.emulated_connection`. Only for
-gloo and for tensors on the CPU.
+gloo and for tensors on the CPU; those of a GPU are staged there (`megatron.mapl.staging`).
 """
 
 import os
@@ -17,58 +17,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import p2p_communication
 from torch.distributed.constants import default_pg_timeout
 
 from mapl.link import EmulatedLink, LinkClock
 from megatron.mapl.emulated_connection import EmulatedConnection
-from megatron.mapl.patching import replace
-
-Direction = Literal["next", "prev"]
-
-#: Python's default of 5 ms is how long a computing thread may keep a sending one from its work.
-_SWITCH_SECONDS = 2e-4
-
-
-class Operation(NamedTuple):
-    """One tensor that is exchanged with a neighbouring stage.
-
-    Attributes:
-        kind: what this process does.
-        tensor: what is sent, or the buffer that is filled; contiguous.
-        direction: where the neighbour stands.
-        peer: its global rank.
-        group: a process group that holds both; emulated links have their own.
-    """
-
-    kind: Literal["send", "recv"]
-    tensor: torch.Tensor
-    direction: Direction
-    peer: int
-    group: Any
-
-
-def transfer(operations: Sequence[Operation], emulation: "LinkEmulation | None") -> list[Any]:
-    """Starts to send and receive, over the emulated links if there are any.
-
-    What one process sends to another, in whatever directions, the other receives in the same order.
-
-    Returns:
-        Works to `wait()` for. Without emulation `torch.distributed.batch_isend_irecv` returns them,
-        otherwise see `LinkEmulation.transfer`.
-    """
-    if emulation is not None:
-        return emulation.transfer(operations)
-    if not operations:
-        return []
-    functions = {"send": dist.isend, "recv": dist.irecv}
-    return dist.batch_isend_irecv(
-        [dist.P2POp(functions[op.kind], op.tensor, op.peer, op.group) for op in operations]
-    )
+from megatron.mapl.transport import SWITCH_SECONDS, Direction, MegatronTransfers, Operation
 
 
 class LinkEmulation:
@@ -80,9 +36,9 @@ class LinkEmulation:
             connections: to the next and to the previous stage; one object if that is one stage.
         """
         self._connections = connections
-        self._replaced: dict[str, Any] = {}
+        self._installed: MegatronTransfers | None = None
         self._switch_seconds = sys.getswitchinterval()
-        sys.setswitchinterval(min(_SWITCH_SECONDS, self._switch_seconds))
+        sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     @classmethod
     def start(
@@ -129,11 +85,7 @@ class LinkEmulation:
         Raises:
             RuntimeError: a function that is to be replaced is not there.
         """
-        for function in (self._batched_p2p_ops, self._p2p_ops):
-            name = function.__name__
-            original = getattr(p2p_communication, name, None)
-            replace(p2p_communication, name, function)
-            self._replaced[name] = original
+        self._installed = MegatronTransfers(self)
 
     def close(self) -> None:
         """Waits until all is sent and received, and undoes `install`.
@@ -144,8 +96,8 @@ class LinkEmulation:
             RuntimeError: a send failed.
         """
         sys.setswitchinterval(self._switch_seconds)
-        while self._replaced:
-            replace(p2p_communication, *self._replaced.popitem())
+        if self._installed is not None:
+            self._installed.undo()
         connections = dict.fromkeys(self._connections.values())
         with ExitStack() as closing:  # all of them, even if one raises
             for connection in connections:
@@ -172,46 +124,6 @@ class LinkEmulation:
             start = connection.send if op.kind == "send" else connection.receive
             works.append(start(op.tensor, op.peer))
         return works
-
-    def _p2p_ops(
-        self,
-        *,
-        tensor_send_prev: torch.Tensor | None,
-        tensor_recv_prev: torch.Tensor | None,
-        tensor_send_next: torch.Tensor | None,
-        tensor_recv_next: torch.Tensor | None,
-        group: Any,
-        prev_pipeline_rank: int,
-        next_pipeline_rank: int,
-    ) -> dict[str, Any]:
-        """Megatron's function of that name: its arguments, its names of results.
-
-        The order matters where the next stage is the previous one too: what one sends to its next
-        first, the other receives from its previous first.
-        """
-        operations: dict[str, Operation] = {}
-        if tensor_recv_prev is not None:
-            operations["recv_prev"] = Operation(
-                "recv", tensor_recv_prev, "prev", prev_pipeline_rank, group
-            )
-        if tensor_send_next is not None:
-            operations["send_next"] = Operation(
-                "send", tensor_send_next, "next", next_pipeline_rank, group
-            )
-        if tensor_recv_next is not None:
-            operations["recv_next"] = Operation(
-                "recv", tensor_recv_next, "next", next_pipeline_rank, group
-            )
-        if tensor_send_prev is not None:
-            operations["send_prev"] = Operation(
-                "send", tensor_send_prev, "prev", prev_pipeline_rank, group
-            )
-        works = self.transfer(list(operations.values()))
-        return dict(zip(operations, works, strict=True))
-
-    def _batched_p2p_ops(self, **arguments: Any) -> list[Any]:
-        """Megatron's function of that name."""
-        return list(self._p2p_ops(**arguments).values())
 
 
 def _neighbours(stage: int, stages: int) -> dict[Direction, int]:

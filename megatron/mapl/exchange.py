@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mapl.emulation import Direction, Operation, transfer
 from megatron.mapl.port import Port
 from megatron.mapl.runtime import MaplRuntime
 from megatron.mapl.transfers import wait_all
+from megatron.mapl.transport import Direction, Operation, transfer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,7 +79,7 @@ def _transfer(items: list[_Item], pipeline: Any, runtime: MaplRuntime) -> None:
             operations.append(Operation("send", item.payload, direction, item.peer, pipeline))
         if item.buffer is not None:
             operations.append(Operation("recv", item.buffer, direction, item.peer, pipeline))
-    works = transfer(operations, runtime.emulation)
+    works = transfer(operations, runtime.transport)
     wait_all(works, "the exchange between stages after a step", runtime.timeout)
 
 

@@ -2,14 +2,16 @@
 """Composes a pretraining job: flags, mends, hooks, then Megatron's own training loop.
 
 Everything that is replaced in Megatron for the boundaries' sake stands in this file: in `run` what
-plain jobs need too, in `_hook_into_megatron` the rest. Emulated links replace Megatron's two
-functions that start transfers (`LinkEmulation.install`). Mends of its faults stand in upstream.py
-and the stand-ins for a GPU in cpu.py.
+plain jobs need too, in `_hook_into_megatron` the rest. Staged and emulated transfers replace
+Megatron's two functions that start them (`MegatronTransfers`). Mends of its faults stand in
+upstream.py, the stand-ins for a GPU in cpu.py, and what a GPU without NVIDIA's packages needs in
+gpu.py and attention.py.
 """
 
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.pipeline_parallel import schedules
 from megatron.training import (
     checkpointing,
@@ -36,14 +39,28 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from mapl.config import EmulationConfig
 from mapl.plan import plan_boundaries
 from mapl.token_ids import id_size
-from megatron.mapl import arguments, checkpoint, cpu, gpt, grads, metrics, model, upstream
+from megatron.mapl import (
+    arguments,
+    attention,
+    checkpoint,
+    cpu,
+    gpt,
+    gpu,
+    grads,
+    metrics,
+    model,
+    staging,
+    upstream,
+)
 from megatron.mapl.emulation import LinkEmulation
 from megatron.mapl.errors import exit_with_error, exit_without_peer
 from megatron.mapl.optimizer import with_projectors, without_anchor_decay
 from megatron.mapl.p2p_communication import MaplP2PCommunicator, receiving_ahead
 from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
+from megatron.mapl.staging import Gloo, StagedTransport
 from megatron.mapl.transfers import PeerError, lost_peer
+from megatron.mapl.transport import MegatronTransfers, Transport
 
 
 def run(*, program_start: float, cpu_mode: bool) -> None:
@@ -65,13 +82,22 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
     try:
         args = _parse(cpu_mode)
         model_config = gpt_config_from_args(args)
-        emulation = arguments.emulation_from_args(args, cpu_mode=cpu_mode)
+        emulation = arguments.emulation_from_args(args)
         runtime = _runtime(args, model_config)
     except ValueError as error:
         exit_with_error(error)
+    if not cpu_mode and attention.wanted(args):
+        replace(LocalSpecProvider, "core_attention", attention.core_attention)
     # Parses the command line again, with Megatron's flags alone: `--help` must meet ours first.
     model_config.pre_wrap_hooks.append(partial(_agree, args=args))
-    links = _Links(emulation, runtime, timedelta(minutes=args.distributed_timeout_minutes))
+    staged = staging.needed(args.distributed_backend, cpu_mode=cpu_mode)
+    links = _Links(emulation, runtime, args, staged=staged)
+    if staged or runtime is not None:
+        # Each transfer's work orders the streams; a wait for the whole device adds nothing.
+        model_config.transformer.batch_p2p_sync = False
+    if staged:
+        reduce = gpu.without_lonely_reductions(torch.distributed.all_reduce)
+        replace(torch.distributed, "all_reduce", reduce)
     model_config.pre_wrap_hooks.append(links.start)
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     loading = checkpoint.guarded_load(megatron_training.load_checkpoint, args, runtime)
@@ -105,40 +131,55 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
 def _finish(runtime: MaplRuntime | None, links: "_Links", cpu_mode: bool) -> None:
     if runtime is not None:
         metrics.write_traffic(runtime)
-    if links.emulation is not None:
-        links.emulation.close()
-    if cpu_mode:
+    links.close()
+    if staging.needed(torch.distributed.get_backend(), cpu_mode=cpu_mode) or cpu_mode:
         cpu.shut_down()
 
 
 class _Links:
-    """The emulated network of this process, from the time on when there are process groups.
+    """What carries tensors between stages, from the time on when there are process groups.
 
-    Attributes:
-        emulation: None without `--mapl-emulate-*`, and before.
+    Nothing of it in CPU mode, and with NCCL, unless links are emulated: then `torch.distributed`
+    does.
     """
 
     def __init__(
-        self, config: EmulationConfig, runtime: MaplRuntime | None, timeout: timedelta
+        self, config: EmulationConfig, runtime: MaplRuntime | None, args: Any, *, staged: bool
     ) -> None:
-        self._config, self._runtime, self._timeout = config, runtime, timeout
-        self.emulation: LinkEmulation | None = None
+        self._config, self._runtime, self._staged = config, runtime, staged
+        self._timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        self._closing = ExitStack()
 
     def start(self, chunks: list[Any]) -> list[Any]:
         """Pre-wrap hook on every process, of plain jobs too."""
+        transport: Transport | None = None
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
         bandwidth, latency = self._config.emulate_bandwidth, self._config.emulate_latency
         if bandwidth is not None or latency:
-            self.emulation = LinkEmulation.start(
+            transport = emulation = LinkEmulation.start(
                 bandwidth_mbit=bandwidth,
                 latency_ms=latency or 0.0,
                 stage=parallel_state.get_pipeline_model_parallel_rank(),
-                stages=parallel_state.get_pipeline_model_parallel_world_size(),
+                stages=stages,
                 timeout=self._timeout,
             )
-            self.emulation.install()
+            self._closing.callback(emulation.close)
+        if self._staged and stages > 1:
+            transport = staged = StagedTransport(transport or Gloo(), self._timeout)
+            self._closing.callback(staged.close)  # before the links that it sends over
+        if transport is not None:
+            self._closing.callback(MegatronTransfers(transport).undo)
             if self._runtime is not None:
-                self._runtime.emulation = self.emulation
+                self._runtime.transport = transport
         return chunks
+
+    def close(self) -> None:
+        """Waits until all is sent and received; to be called before the process group's end.
+
+        Raises:
+            RuntimeError: a send over an emulated link failed.
+        """
+        self._closing.close()
 
 
 def _finishing_on_exit(train: Callable[..., Any], finish: Callable[[], None]) -> Callable[..., Any]:
@@ -162,8 +203,7 @@ def _parse(cpu_mode: bool) -> Any:
     """
 
     def add_arguments(parser: Any) -> Any:
-        if cpu_mode:
-            parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
+        parser.set_defaults(**(cpu.ARGUMENT_DEFAULTS if cpu_mode else gpu.argument_defaults()))
         return arguments.add_arguments(parser)
 
     args = parse_and_validate_args(
@@ -173,6 +213,8 @@ def _parse(cpu_mode: bool) -> Any:
     if cpu_mode:
         cpu.check_arguments(args)
         print_rank_0("> no GPU on this machine: CPU mode, with gloo between processes")
+    else:
+        gpu.settle(args)
     return args
 
 

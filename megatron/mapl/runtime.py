@@ -17,10 +17,10 @@ from mapl.traffic import Ledger
 
 if TYPE_CHECKING:
     from mapl.projectors import Projector
-    from megatron.mapl.emulation import LinkEmulation
     from megatron.mapl.model import StageBoundaries
     from megatron.mapl.port import Port
     from megatron.mapl.transfers import InFlight
+    from megatron.mapl.transport import Transport
 
 
 @dataclass
@@ -38,7 +38,7 @@ class MaplRuntime:
         timeout_after_first_step: seconds, `--distributed-timeout-seconds-after-init` over gloo.
         stages: the model chunks of this process, in order, once the model is built.
         ledger, guard: bytes sent, payloads checked.
-        emulation: the slow network between stages, if it is emulated.
+        transport: what takes the place of `torch.distributed` between stages, if anything does.
         in_flight: transfers that go on while a stage computes, during a schedule that has them.
         communication_seconds: host time in exchanges and in waiting for them, since the first step.
         training_seconds: wall-clock time since the first step, evaluations and saves included.
@@ -56,7 +56,7 @@ class MaplRuntime:
     stages: list["StageBoundaries"] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     guard: PayloadGuard = field(default_factory=PayloadGuard)
-    emulation: "LinkEmulation | None" = None
+    transport: "Transport | None" = None
     in_flight: "InFlight | None" = None
     communication_seconds: float = 0.0
     training_seconds: float = 0.0

@@ -82,7 +82,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
 
             plain_megatron.run()
         else:
-            pretraining.run(program_start=time.time(), cpu_mode=True)
+            pretraining.run(program_start=time.time(), cpu_mode=job.get("cpu_mode", True))
     finally:
         runtime = record.pop("runtime", None)
         if runtime is not None:

@@ -169,6 +169,42 @@ def stop_in_step_3(record: dict[str, Any]) -> None:
     _signal_in_step_3(signal.SIGSTOP)
 
 
+def staged_transfers(record: dict[str, Any]) -> None:
+    """No fault: what stages exchange goes the way of a GPU's tensors, through other memory."""
+    from megatron.mapl import staging
+
+    staging.needed = lambda backend, *, cpu_mode: True
+    record["staged"] = 0
+    start = staging.StagedTransport._transfer
+
+    def noting_transfer(self: staging.StagedTransport, op: Any) -> Any:
+        record["staged"] += 1
+        return start(self, op)
+
+    staging.StagedTransport._transfer = noting_transfer  # type: ignore[method-assign]
+
+
+def torch_attention(record: dict[str, Any]) -> None:
+    """No fault: attention as on a GPU without Transformer Engine."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    from megatron.mapl import attention
+
+    LocalSpecProvider.core_attention = attention.core_attention
+
+
+def unbatched_and_staged_transfers(record: dict[str, Any]) -> None:
+    """No fault: both."""
+    unbatched_transfers(record)
+    staged_transfers(record)
+
+
+def staged_transfers_and_die_in_step_3(record: dict[str, Any]) -> None:
+    """The process is gone, and its peers' threads hear of it."""
+    staged_transfers(record)
+    die_in_step_3(record)
+
+
 def count_emulated_sends(record: dict[str, Any]) -> None:
     """No fault: notes how many messages a process has sent over an emulated link."""
     from megatron.mapl.emulated_connection import EmulatedConnection

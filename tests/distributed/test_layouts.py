@@ -232,3 +232,17 @@ def test_a_run_that_ends_early_leaves_its_report(cluster: Cluster) -> None:
     more = f"--mapl-rank {RANK} --exit-interval 2"
     result = cluster.run(2, LAYOUTS["pp2"].command(more))
     assert result.traffic["steps"] == 2
+
+
+def test_attention_through_torch(cluster: Cluster) -> None:
+    """As on a GPU without Transformer Engine; whole steps, with no mask from the data loader."""
+    layout = LAYOUTS["pp2"]
+    more = f"--mapl-rank {RANK} --group-query-attention --num-query-groups 2"
+    own = cluster.run(2, layout.command(more))
+    result = cluster.run(
+        2,
+        layout.command(more, "--no-create-attention-mask-in-dataloader"),
+        tamper="torch_attention",
+    )
+    assert result.losses == pytest.approx(own.losses, rel=1e-5)
+    assert result.losses != own.losses  # it was another way

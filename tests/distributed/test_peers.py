@@ -61,6 +61,18 @@ def test_in_other_layouts(cluster: Cluster, layout: str, victim: int, more: str)
     assert_told(result, victim)
 
 
+@pytest.mark.parametrize("layout", ["pp4", "pp2-vpp2-overlapped"])
+def test_through_staged_transfers(cluster: Cluster, layout: str) -> None:
+    result = cluster.run(
+        LAYOUTS[layout].world_size,
+        LAYOUTS[layout].command(MAPL),
+        tamper="staged_transfers_and_die_in_step_3",
+        environment={"VICTIM_RANK": "1"},
+        fails=True,
+    )
+    assert_told(result, 1)
+
+
 def test_a_process_that_hangs(cluster: Cluster) -> None:
     """It is stopped, not ended, so that nobody hears of it: the time-out of the group ends it."""
     more = "--distributed-timeout-seconds-after-init 5"

@@ -117,6 +117,32 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> Non
         assert slow.traffic["seconds"]["after_first_step"] >= least
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "tamper"),
+    [
+        ("pp4", "", "staged_transfers"),
+        ("pp2", "", "unbatched_and_staged_transfers"),
+        ("pp2-vpp2-overlapped", "", "staged_transfers"),
+        ("pp4", f"{MAPL} --mapl-forward-codec rvq --mapl-rvq-codes 16", "staged_transfers"),
+        ("pp4", f"{MAPL} --mapl-receive-ahead 0", "staged_transfers"),
+        ("pp2-vpp2-overlapped", MAPL, "staged_transfers"),
+        ("pp4-vpp2", MAPL, "staged_transfers"),
+        ("pp2-dp2", MAPL, "staged_transfers"),
+        ("pp4", f"{MAPL} --mapl-emulate-latency 5", "staged_transfers"),
+        ("pp2-vpp2-overlapped", "--mapl-emulate-latency 5", "staged_transfers"),
+    ],
+)
+def test_staged_transfers_change_no_loss(
+    cluster: Cluster, name: str, flags: str, tamper: str
+) -> None:
+    layout = LAYOUTS[name]
+    direct = cluster.run_once(layout.world_size, layout.command(flags))
+    staged = cluster.run(layout.world_size, layout.command(flags), tamper=tamper)
+    assert all(record["staged"] >= 4 * 8 for record in staged.records)
+    assert staged.losses == direct.losses
+    assert staged.validation == direct.validation
+
+
 def test_uncompressed_stages_through_the_payloads(cluster: Cluster) -> None:
     """Direct quantisation: no projector, no anchor, the codecs take the activations."""
     layout = LAYOUTS["pp2"]

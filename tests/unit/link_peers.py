@@ -25,7 +25,8 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from megatron.core.pipeline_parallel import p2p_communication  # noqa: E402
 
-from megatron.mapl.emulation import LinkEmulation, Operation, transfer  # noqa: E402
+from megatron.mapl.emulation import LinkEmulation  # noqa: E402
+from megatron.mapl.transport import Operation, transfer  # noqa: E402
 
 SIZES = [1, 7, 4096, 128 * 1024 + 1, 300_001]
 

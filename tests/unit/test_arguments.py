@@ -311,11 +311,14 @@ def test_without_an_answer_from_torchrun_it_reports(
     assert LINE in capsys.readouterr().err
 
 
-def test_emulated_links_are_for_the_cpu() -> None:
-    args = SimpleNamespace(pipeline_model_parallel_size=2, mapl_emulate_latency=5.0)
-    assert arguments.emulation_from_args(args, cpu_mode=True).emulate_latency == 5
-    with pytest.raises(ValueError, match=r"--mapl-emulate-latency 5.0 .*CUDA_VISIBLE_DEVICES="):
-        arguments.emulation_from_args(args, cpu_mode=False)
+def test_emulated_links_are_for_gloo() -> None:
+    args = SimpleNamespace(
+        pipeline_model_parallel_size=2, mapl_emulate_latency=5.0, distributed_backend="gloo"
+    )
+    assert arguments.emulation_from_args(args).emulate_latency == 5
+    args.distributed_backend = "nccl"
+    with pytest.raises(ValueError, match=r"--mapl-emulate-latency 5.0 .*--distributed-backend gl"):
+        arguments.emulation_from_args(args)
 
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(12, 1), (16, 4)])

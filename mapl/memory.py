@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What boundaries add to the device memory of one pipeline process, at most.
+
+In bytes, with d, r, r_a and V as everywhere, N tokens in a micro-batch, w bytes a number of the
+model's dtype, and F micro-batches between their forward and their backward pass (counted once for
+each chunk of the model that they passed):
+
+    projectors    12·d·r      a side of a boundary: A, momentum and gradient, fp32
+    anchors       V·r_a·o + 4·r_a·d    a chunk: the table, o bytes with all of its state; the basis
+    activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
+    coordinates   F·N·r_a·w   a chunk that sends: C = E[ids], which dA needs too
+    latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
+    ids           F·N·8       a chunk
+    payloads      (2a + 2)·(N·(r·w + 4) + 64)    a side: under way in both directions, a ahead
+    work          N·((r + r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work
+
+Codecs with fewer bits only make payloads smaller. What a residual vector quantiser needs for its
+search and its codebooks is not in it, nor what the projector's step needs, which comes when the
+activations are gone. Over gloo each payload under way also takes its size of pinned host memory.
+"""
+
+from dataclasses import dataclass
+
+#: Bytes of a parameter in half precision: itself 2, gradient 4, master copy 4, Adam's moments 8.
+MIXED_PRECISION_ADAM = 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One process of the pipeline.
+
+    Attributes:
+        tokens: N, of a micro-batch.
+        sending, receiving: its chunks of the model that send to, and receive from, a boundary.
+        in_flight: F.
+        ahead: a, payloads of each direction that are received or sent ahead.
+        itemsize: w.
+        table_bytes: o, of a parameter with all that belongs to it.
+    """
+
+    hidden_size: int
+    rank: int
+    anchor_rank: int
+    vocab_size: int
+    tokens: int
+    sending: int
+    receiving: int
+    in_flight: int
+    ahead: int = 2
+    itemsize: int = 2
+    table_bytes: int = MIXED_PRECISION_ADAM
+
+
+def added(stage: Stage) -> dict[str, int]:
+    """Bytes by what they are for."""
+    d, r, k, n = stage.hidden_size, stage.rank, stage.anchor_rank, stage.tokens
+    sides, chunks = stage.sending + stage.receiving, max(stage.sending, stage.receiving)
+    kept = stage.in_flight * n
+    sends, receives = stage.sending > 0, stage.receiving > 0
+    return {
+        "projectors": sides * 12 * d * r,
+        "anchors": chunks * (stage.vocab_size * k * stage.table_bytes + 4 * k * d),
+        "activations": sends * kept * d * stage.itemsize,
+        "coordinates": sends * kept * k * stage.itemsize,
+        "latents": receives * kept * r * stage.itemsize,
+        "ids": kept * 8,
+        "payloads": sides * (2 * stage.ahead + 2) * (n * (r * stage.itemsize + 4) + 64),
+        "work": n * ((r + k) * stage.itemsize + 16 * r) + 8 * d * r,
+    }
+
+
+def in_flight(stages: int, stage: int, micro_batches: int, chunks: int = 1) -> int:
+    """F of Megatron's schedules with one forward and one backward pass in turn.
+
+    Args:
+        stages: P, processes.
+        stage: p, from 0.
+        micro_batches: M, of a step.
+        chunks: v, virtual stages in each process.
+
+    Returns:
+        P − p, or with virtual stages 2(P − p − 1) + (v − 1)P + 1; never more than v·M.
+    """
+    if chunks == 1:
+        return min(stages - stage, micro_batches)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, chunks * micro_batches)

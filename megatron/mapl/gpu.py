@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs on GPUs, with or without NVIDIA's packages, and on fewer GPUs than processes."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training import print_rank_0
+
+from megatron.mapl import attention
+
+
+def argument_defaults() -> dict[str, Any]:
+    """Megatron's arguments (by `dest`) that are set, unless the user does, for want of a package.
+
+    Its own defaults ask for what Transformer Engine and Apex bring, and fail without them.
+    """
+    defaults: dict[str, Any] = {}
+    if not HAVE_TE:
+        defaults |= {
+            "transformer_impl": "local",
+            "no_persist_layer_norm": True,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+        }
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # a part of Apex
+        defaults["gradient_accumulation_fusion"] = False
+    return defaults
+
+
+def settle(args: Any) -> None:
+    """Chooses this process's GPU, and what its layers need of the data loader.
+
+    Raises:
+        ValueError: more processes than GPUs, with a backend that wants one for each.
+    """
+    devices = torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.local_rank + 1))
+    if processes > devices:
+        if args.distributed_backend != "gloo":
+            raise ValueError(
+                f"--distributed-backend {args.distributed_backend} wants a GPU for each process, "
+                f"but this machine has {devices} for {processes}; use --distributed-backend gloo, "
+                f"with which processes share GPUs, or start {devices} here (--nproc-per-node)"
+            )
+        args.local_rank %= devices  # what Megatron takes for the number of the device
+        print_rank_0(f"> {processes} processes share {devices} GPU(s) of this machine, over gloo")
+    if attention.wanted(args):
+        args.create_attention_mask_in_dataloader = False  # causal, which needs no s × s mask
+
+
+def without_lonely_reductions(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.distributed.all_reduce`, which does nothing where there is nobody to reduce with.
+
+    gloo would copy the tensor, all gradients of a stage for one, to the host and back.
+    """
+
+    def reduce(
+        tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if group is not None and not async_op and group.size() == 1:
+            return None
+        op = torch.distributed.ReduceOp.SUM if op is None else op
+        return all_reduce(tensor, op, group, async_op)
+
+    return reduce

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a training job of these tests, under torchrun: `job.py FOLDER JOB-AS-JSON`.
+
+Notes what tests/distributed/recorder.py notes; see `jobs.py`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.mapl import cpu
+
+
+def main(folder: Path, job: dict[str, Any]) -> None:
+    """Runs the job with its arguments."""
+    cpu_mode = cpu.install()  # before anything imports Megatron
+    import torch
+
+    import recorder
+
+    recorder.import_all()
+    if job["deterministic"]:
+        make_deterministic()
+    if job["around_payloads"] == "spoil":
+        press_allocator()
+    elif job["around_payloads"] == "wait":
+        around_payloads(lambda: torch.cuda.current_stream().synchronize())
+    sys.argv = ["pretrain_gpt.py", *job["arguments"]]
+    rank = os.environ["RANK"]
+    recorder.run(folder / f"record.{rank}", {"tamper": "", "plain": False, "cpu_mode": cpu_mode})
+
+
+def make_deterministic() -> None:
+    """Same job, same bits: sums in one order, whatever the timing."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
+def around_payloads(action: Callable[[], object]) -> None:
+    """Has `action` called before and after each payload is packed or unpacked."""
+    from mapl.channel import Channel
+
+    def framed(function: Any) -> Any:
+        def call(self: Channel, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            action()
+            result = function(self, tensor, *args, **kwargs)
+            action()
+            return result
+
+        return call
+
+    Channel.pack, Channel.unpack = (  # type: ignore[method-assign]
+        framed(Channel.pack),
+        framed(Channel.unpack),
+    )
+
+
+def press_allocator() -> None:
+    """Around every payload, memory that was freed just now is handed out again and spoilt.
+
+    Whoever still reads or writes it from another stream gets, or makes, something else.
+    """
+    import torch
+
+    def spoil() -> None:
+        device = torch.cuda.current_device()
+        sizes = [256 << shift for shift in range(13)]
+        kept = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes * 2]
+        del kept
+
+    around_payloads(spoil)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs on GPUs: which one a process takes, and what is chosen for want of a package."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.mapl import cpu
+
+cpu.install()
+
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
+
+from megatron.mapl import gpu  # noqa: E402
+
+
+def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: Any) -> Any:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    args = SimpleNamespace(
+        **{
+            "distributed_backend": "nccl",
+            "local_rank": 0,
+            "transformer_impl": "local",
+            "attention_backend": AttnBackend.auto,
+            "reset_attention_mask": False,
+            "create_attention_mask_in_dataloader": True,
+            **more,
+        }
+    )
+    gpu.settle(args)
+    return args
+
+
+def test_processes_share_gpus_over_gloo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = [
+        settle(monkeypatch, "5", 2, local_rank=rank, distributed_backend="gloo").local_rank
+        for rank in range(5)
+    ]
+    assert numbers == [0, 1, 0, 1, 0]
+    assert "5 processes share 2 GPU(s)" in capsys.readouterr().out
+
+
+def test_nccl_wants_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settle(monkeypatch, "2", 2, local_rank=1).local_rank == 1
+    with pytest.raises(
+        ValueError, match=r"--distributed-backend nccl .* 1 for 4; use --distributed-backend gloo"
+    ):
+        settle(monkeypatch, "4", 1)
+
+
+def test_the_loader_builds_masks_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not settle(monkeypatch, "1", 1).create_attention_mask_in_dataloader
+    reset = settle(monkeypatch, "1", 1, reset_attention_mask=True)
+    assert reset.create_attention_mask_in_dataloader
+
+
+@pytest.mark.parametrize(("have_te", "implementation"), [(False, "local"), (True, None)])
+def test_defaults(monkeypatch: pytest.MonkeyPatch, have_te: bool, implementation: Any) -> None:
+    monkeypatch.setattr(gpu, "HAVE_TE", have_te)
+    defaults = gpu.argument_defaults()
+    assert defaults.get("transformer_impl") == implementation
+    assert defaults["gradient_accumulation_fusion"] is False
+
+
+def test_lonely_reductions() -> None:
+    done: list[Any] = []
+
+    def all_reduce(tensor: Any, op: Any, group: Any, async_op: bool) -> str:
+        done.append((op, group, async_op))
+        return "work"
+
+    reduce = gpu.without_lonely_reductions(all_reduce)
+    tensor = torch.ones(3)
+    alone, pair = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    assert reduce(tensor, group=alone) is None
+    assert done == []
+    assert reduce(tensor, group=alone, async_op=True) == "work"
+    assert reduce(tensor, torch.distributed.ReduceOp.MAX, pair) == "work"
+    assert reduce(tensor) == "work"
+    total = torch.distributed.ReduceOp.SUM
+    expected = [
+        (total, alone, True),
+        (torch.distributed.ReduceOp.MAX, pair, False),
+        (total, None, False),
+    ]
+    assert done == expected

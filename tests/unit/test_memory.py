@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formula of what boundaries add to a process's memory, held against real boundaries."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mapl.anchors import build_anchor
+from mapl.boundary import decode, encode
+from mapl.memory import Stage, added, in_flight
+from mapl.projectors import LearnedProjector
+
+STAGE = Stage(
+    hidden_size=64,
+    rank=8,
+    anchor_rank=16,
+    vocab_size=300,
+    tokens=50,
+    sending=1,
+    receiving=1,
+    in_flight=3,
+)
+
+
+def storages(function: object) -> int:
+    """Bytes of what autograd keeps for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()  # type: ignore[operator]
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_is_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projector = LearnedProjector(64, 8, generator)
+    anchor = build_anchor(
+        "factorized", vocab_size=300, hidden_size=64, anchor_rank=16, generator=generator
+    ).bfloat16()
+    ids = torch.randint(0, 300, (50, 1), generator=generator)
+    x = torch.randn(50, 1, 64).bfloat16().requires_grad_()
+    z = torch.randn(50, 1, 8).bfloat16().requires_grad_()
+    constant = projector.A.nbytes + anchor.basis.nbytes
+    sum_of = added(replace(STAGE, in_flight=1))
+    sending = storages(lambda: encode(x, anchor(ids), anchor.basis, projector)) - constant
+    assert sending == sum_of["activations"] + sum_of["coordinates"] + sum_of["ids"]
+    receiving = storages(lambda: decode(z, anchor(ids), anchor.basis, projector)) - constant
+    assert receiving == sum_of["latents"] + sum_of["ids"]
+
+
+def test_what_stays_is_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projector = LearnedProjector(64, 8, generator)
+    state = projector.A.nbytes + projector.momentum.nbytes + projector.grad.nbytes
+    assert added(STAGE)["projectors"] == 2 * state
+    anchor = build_anchor(
+        "factorized", vocab_size=300, hidden_size=64, anchor_rank=16, generator=generator
+    )
+    table = sum(p.numel() for p in anchor.parameters())
+    assert added(STAGE)["anchors"] == 18 * table + anchor.basis.nbytes
+
+
+def test_ends_have_what_they_need() -> None:
+    first = added(replace(STAGE, receiving=0))
+    last = added(replace(STAGE, sending=0))
+    assert first["latents"] == 0 < first["activations"]
+    assert last["activations"] == last["coordinates"] == 0 < last["latents"]
+    assert first["projectors"] == last["projectors"] == added(STAGE)["projectors"] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((4, 0, 8), 4), ((4, 3, 8), 1), ((4, 0, 2), 2), ((2, 0, 8, 2), 5), ((2, 1, 8, 2), 3)],
+)
+def test_in_flight(arguments: tuple[int, ...], expected: int) -> None:
+    assert in_flight(*arguments) == expected

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staged transfers, of tensors on the CPU: order, lifetimes, errors. On a GPU: tests/gpu."""
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+
+from megatron.mapl import staging
+from megatron.mapl.staging import StagedTransport
+from megatron.mapl.transfers import PeerError, wait
+from staging_loopback import Loopback, receive, send
+
+
+@pytest.fixture
+def loopback() -> Loopback:
+    return Loopback()
+
+
+@pytest.fixture
+def staged(loopback: Loopback) -> Iterator[StagedTransport]:
+    transport = StagedTransport(loopback, timedelta(seconds=20))
+    yield transport
+    transport.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_messages_keep_their_order(staged: StagedTransport, dtype: torch.dtype) -> None:
+    shapes = [(3,), (2, 5, 7), (1,), (1000,)] * 5
+    sent = [torch.full(shape, number).to(dtype) for number, shape in enumerate(shapes)]
+    received = [torch.empty(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
+                for shape in shapes]  # fmt: skip
+    receives = staged.transfer([receive("prev", tensor) for tensor in received])
+    sends = staged.transfer([send("next", tensor) for tensor in sent])
+    for work in sends + receives:
+        assert work.wait() and work.wait()
+    assert all(torch.equal(*pair) for pair in zip(received, sent, strict=True))
+    assert all(tensor.grad_fn is None for tensor in received)
+
+
+def test_directions_do_not_wait_for_each_other(staged: StagedTransport) -> None:
+    """In a pipeline of two stages either may be ahead."""
+    first, second = torch.zeros(4), torch.zeros(4)
+    late, early = staged.transfer([receive("prev", first), receive("next", second)])
+    staged.transfer([send("prev", torch.full((4,), 2.0))])
+    early.wait()
+    assert second.eq(2).all() and first.eq(0).all()
+    staged.transfer([send("next", torch.ones(4))])
+    late.wait()
+    assert first.eq(1).all()
+
+
+def test_what_is_sent_may_change_at_once(staged: StagedTransport) -> None:
+    tensor, into = torch.ones(5), torch.zeros(5)
+    (work,) = staged.transfer([send("next", tensor)])
+    tensor.zero_()
+    work.wait()
+    staged.transfer([receive("prev", into)])[0].wait()
+    assert into.eq(1).all()
+
+
+def test_sends_start_in_a_thread_and_receives_at_once(
+    staged: StagedTransport, loopback: Loopback
+) -> None:
+    into = torch.zeros(1)
+    work = staged.transfer([receive("prev", into)])[0]
+    assert loopback.threads == ["MainThread"]
+    staged.transfer([send("next", torch.ones(1))])
+    work.wait()
+    assert loopback.threads == ["MainThread", "staged sends"]
+
+
+def test_nothing_is_kept_once_it_is_over(staged: StagedTransport) -> None:
+    tensor, into = torch.ones(1000), torch.zeros(1000)
+    alive = [x.untyped_storage()._weak_ref() for x in (tensor, into)]
+    for work in staged.transfer([send("next", tensor), receive("prev", into)]):
+        work.wait()
+    del tensor, into, work
+    deadline = time.monotonic() + 10
+    while not all(torch.UntypedStorage._expired(ref) for ref in alive):
+        assert time.monotonic() < deadline, "a thread keeps what it has handled"
+        time.sleep(0.01)
+    for ref in alive:
+        torch.UntypedStorage._free_weak_ref(ref)
+
+
+def test_a_failure_fails_what_comes_later_too(staged: StagedTransport, loopback: Loopback) -> None:
+    loopback.failure = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    works = staged.transfer([send("next", torch.ones(1)), send("next", torch.ones(1))])
+    for work in works:
+        with pytest.raises(PeerError, match="a payload: another process is gone"):
+            wait(work, "a payload")
+    loopback.failure = None
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        staged.transfer([send("next", torch.ones(1))])[0].wait()
+
+
+def test_a_silent_peer(staged: StagedTransport) -> None:
+    into = torch.zeros(1)
+    (work,) = staged.transfer([receive("prev", into)])
+    with pytest.raises(PeerError, match=r"does not answer .*rank 0 does not send"):
+        wait(work, "a payload", timedelta(seconds=0.05))
+    staged.transfer([send("next", torch.ones(1))])  # so that the thread ends
+
+
+@pytest.mark.parametrize(
+    ("backend", "cpu_mode", "expected"),
+    [("gloo", False, True), ("gloo", True, False), ("nccl", False, False)],
+)
+def test_when_it_is_needed(backend: str, cpu_mode: bool, expected: bool) -> None:
+    assert staging.needed(backend, cpu_mode=cpu_mode) is expected
