@@ -14,6 +14,7 @@ because it is summed over two stages before anyone may use it. If neither input 
 there is no backward, and so no dA: a received latent must be a leaf with ``requires_grad``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,16 @@ from mapl.fp32 import accumulation_dtype, full_precision
 from mapl.ops.gathered import gathered_mm
 from mapl.projectors import Projector
 
+#: (left, table, ids, weight) → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.
+Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 def encode(
-    x: Tensor, coordinates: Coordinates | None, basis: Tensor | None, projector: Projector
+    x: Tensor,
+    coordinates: Coordinates | None,
+    basis: Tensor | None,
+    projector: Projector,
+    product: Product = gathered_mm,
 ) -> Tensor:
     """Z = X·A − C·(P A), on the sending stage.
 
@@ -38,6 +46,8 @@ def encode(
         coordinates: C [s, b, k], or None for no anchor; gathered while it is multiplied.
         basis: P [k, d], or None for the identity.
         projector: holds A [d, r] and takes dA.
+        product: forms Z where there is a basis; a codec's own may make bytes of it there and then
+            (`Codec.product_into`).
 
     Returns:
         Z [s, b, r] in x's dtype: contiguous, no view, and not kept for the backward, so that its
@@ -48,12 +58,16 @@ def encode(
     """
     _check_shapes("encode's x", x, 0, coordinates, basis, projector)
     table = None if coordinates is None else coordinates.table.to(x.dtype)
-    z: Tensor = _Encode.apply(x, table, coordinates, basis, projector.A, projector)
+    z: Tensor = _Encode.apply(x, table, coordinates, basis, projector.A, projector, product)
     return z
 
 
 def decode(
-    z: Tensor, coordinates: Coordinates | None, basis: Tensor | None, projector: Projector
+    z: Tensor,
+    coordinates: Coordinates | None,
+    basis: Tensor | None,
+    projector: Projector,
+    product: Product = gathered_mm,
 ) -> Tensor:
     """X̂ = [Z | C]·[Aᵀ ; P], on the receiving stage.
 
@@ -64,6 +78,8 @@ def decode(
         coordinates: C [s, b, k], or None for no anchor. Never written to.
         basis: P [k, d], or None for the identity.
         projector: holds A [d, r] and takes dA.
+        product: forms X̂ where there is a basis; a codec's own may fill z out of bytes first
+            (`Codec.product_from`).
 
     Returns:
         X̂ [s, b, d] in z's dtype, contiguous.
@@ -73,7 +89,7 @@ def decode(
     """
     _check_shapes("decode's z", z, 1, coordinates, basis, projector)
     table = None if coordinates is None else coordinates.table.to(z.dtype)
-    x: Tensor = _Decode.apply(z, table, coordinates, basis, projector.A, projector)
+    x: Tensor = _Decode.apply(z, table, coordinates, basis, projector.A, projector, product)
     return x
 
 
@@ -147,6 +163,7 @@ class _Encode(torch.autograd.Function):
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
+        product: Product,
     ) -> Tensor:
         weight = projector.operands.get("encode", a, basis, x.dtype)
         rows = _rows(x)
@@ -155,7 +172,7 @@ class _Encode(torch.autograd.Function):
         elif basis is None:
             z = torch.mm(rows, weight).addmm_(coordinates.rows(table), weight, alpha=-1)
         else:
-            z = gathered_mm(rows, table, coordinates.ids, weight)
+            z = product(rows, table, coordinates.ids, weight)
         ctx.save_for_backward(x if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
         ctx.last = coordinates is not None and coordinates.is_first_use()
@@ -178,7 +195,7 @@ class _Encode(torch.autograd.Function):
         if needs_table:
             dc = -(dz_rows @ down.mT) if basis is None else dz_rows @ ctx.weight[d:].mT
             dtable = coordinates.table_gradient(table, dc, last=ctx.last)
-        return dx, dtable, None, None, None, None
+        return dx, dtable, None, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -191,6 +208,7 @@ class _Decode(torch.autograd.Function):
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
+        product: Product,
     ) -> Tensor:
         weight = projector.operands.get("decode", a, basis, z.dtype)
         rows = _rows(z)
@@ -199,7 +217,7 @@ class _Decode(torch.autograd.Function):
         elif basis is None:
             x = torch.addmm(coordinates.rows(table), rows, weight)
         else:
-            x = gathered_mm(rows, table, coordinates.ids, weight)
+            x = product(rows, table, coordinates.ids, weight)
         ctx.save_for_backward(z if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
         ctx.last = coordinates is not None and coordinates.is_first_use()
@@ -221,7 +239,7 @@ class _Decode(torch.autograd.Function):
             dz = dx_rows @ ctx.weight[:r].mT
         if needs_table:
             dtable = ctx.coordinates.table_gradient(table, dc, last=ctx.last)
-        return _reshaped(dz, dx) if needs_dz else None, dtable, None, None, None, None
+        return _reshaped(dz, dx) if needs_dz else None, dtable, None, None, None, None, None
 
 
 def _reshaped(rows: Tensor, like: Tensor) -> Tensor:

@@ -68,19 +68,39 @@ class Channel:
         Args:
             uncompressed: bytes that plain Megatron would have sent for this micro-batch.
         """
+        tokens = tensor.shape[:2]
         rows = tensor.detach().reshape(-1, self.width)
-        whole = self._layout(len(rows)).total_bytes
+        payload, body = self.blank(tokens, tensor.device)
+        self.codec.encode_into(self._own(rows), self.sent, body)
+        self.seal(payload, tokens, ids, ledger, uncompressed)
+        return payload
+
+    def blank(
+        self, tokens: Sequence[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next payload for tokens of shape (s, b), to be filled and sealed, and its body."""
+        layout = self.layout_of(tokens)
+        payload = blank(layout, device)
+        return payload, body_of(layout, payload)
+
+    def seal(
+        self,
+        payload: torch.Tensor,
+        tokens: Sequence[int],
+        ids: torch.Tensor | None,
+        ledger: Ledger,
+        uncompressed: int,
+    ) -> None:
+        """Completes a payload that `blank` gave; the arguments are those of `pack`."""
         carried = None
         if self.carries_ids:
             assert ids is not None, "a channel that carries ids was given none"
             carried = self._own(ids.flatten())
-        layout = self.layout_of(tensor.shape[:2])
-        payload = blank(layout, tensor.device)
-        self.codec.encode_into(self._own(rows), self.sent, body_of(layout, payload))
+        layout = self.layout_of(tokens)
         seal(layout, self.sent, payload, carried)
         self.sent += 1
+        whole = self._layout(tokens[0] * tokens[1]).total_bytes
         ledger.count(layout, uncompressed=uncompressed, unsplit=whole)
-        return payload
 
     def unpack(
         self, payloads: Sequence[torch.Tensor], out: torch.Tensor, guard: PayloadGuard
@@ -90,16 +110,26 @@ class Channel:
         Raises:
             PayloadError: see `PayloadGuard.unpack`.
         """
-        layout = self.layout_of(out.shape[:2])
+        bodies, ids = self.check(payloads, out.shape[:2], guard)
+        self.codec.decode(bodies, out.detach().view(-1, self.width), self.received - 1)
+        return ids
+
+    def check(
+        self, payloads: Sequence[torch.Tensor], tokens: Sequence[int], guard: PayloadGuard
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The bodies of all shares of one micro-batch, still encoded, and the ids [s, b] if any.
+
+        Raises:
+            PayloadError: see `PayloadGuard.unpack`.
+        """
+        layout = self.layout_of(tokens)
         pieces = [guard.unpack(layout, self.received, payload) for payload in payloads]
-        rows = out.detach().view(-1, self.width)
-        self.codec.decode([body for _, body in pieces], rows, self.received)
         self.received += 1
+        bodies = [body for _, body in pieces]
         ids = [part for part, _ in pieces if part is not None]
         if not ids:
-            return None
-        whole = ids[0] if len(ids) == 1 else torch.cat(ids)
-        return whole.view(out.shape[:2])
+            return bodies, None
+        return bodies, (ids[0] if len(ids) == 1 else torch.cat(ids)).view(*tokens)
 
     def _own(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.share.count)[self.share.index]

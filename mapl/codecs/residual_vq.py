@@ -43,6 +43,7 @@ from mapl.codecs.counter_random import stream_key
 from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
 from mapl.fp32 import keep_dtype
 from mapl.ops import use_triton
+from mapl.ops.gathered import has_kernels
 
 #: After these updates the whole codebook crosses; by the last one it hardly moves any more.
 WHOLE_AFTER = frozenset({1, 2, 4, 8, 16})
@@ -214,13 +215,27 @@ class ResidualVQCodec(Codec):
             RuntimeError: this end sends.
             ValueError: not one body of each sending process.
         """
-        if self.sends:
-            raise RuntimeError("the sending end of a codebook cannot decode: its copy is ahead")
-        if len(bodies) != self.shards:
-            raise ValueError(f"{len(bodies)} bodies arrived from {self.shards} sending processes")
-        if self.stream is not None:
-            self._take_streamed(self.stream, bodies, out.shape[0] // self.shards, number)
+        self._take_entries(bodies, out.shape[0], number)
         super().decode(bodies, out, number)
+
+    @torch.no_grad()
+    def product_from(
+        self,
+        bodies: Sequence[Tensor],
+        number: int,
+        left: Tensor,
+        table: Tensor,
+        ids: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
+        """See `Codec` and `decode`."""
+        if not (has_kernels(left) and self._fused(left) and len(bodies) == self.shards == 1):
+            return super().product_from(bodies, number, left, table, ids, weight)
+        from mapl.ops.kernels.side_by_side import from_rvq
+
+        self._take_entries(bodies, len(left), number)
+        scales, codes = self._scales_and_codes(bodies[0], len(left))
+        return torch.mm(from_rvq(scales, codes, self.codebook, left, table, ids), weight)
 
     @torch.no_grad()
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
@@ -230,10 +245,7 @@ class ResidualVQCodec(Codec):
         if self._fused(out) and out.is_contiguous():
             from mapl.ops.kernels import rvq
 
-            codes = parts["latents"]
-            if self.code_bits != 8:
-                codes = unpack_bits(codes, self.code_bits, rows * self.groups * self.rounds)
-            rvq.decode(parts["scales"].view(torch.bfloat16), codes, self.codebook, out)
+            rvq.decode(*self._scales_and_codes(body, rows), self.codebook, out)
             return
         codes = unpack_bits(parts["latents"], self.code_bits, rows * self.groups * self.rounds)
         vectors = residual_search.reconstructed(
@@ -328,6 +340,28 @@ class ResidualVQCodec(Codec):
         shortest = self.codebook.double().norm(dim=3).amin(2).sum(1)
         bound: Tensor = scales.double()[:, None] * (lengths + shortest) * _ROUNDING
         return bound.repeat_interleave(self.size, dim=1)
+
+    def _scales_and_codes(self, body: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Scales bf16 [n] and codes [n G R], bytes or int32, of one body."""
+        parts = self.split(body, rows)
+        codes = parts["latents"]
+        if self.code_bits != 8:
+            codes = unpack_bits(codes, self.code_bits, rows * self.groups * self.rounds)
+        return parts["scales"].view(torch.bfloat16), codes
+
+    def _take_entries(self, bodies: Sequence[Tensor], rows: int, number: int) -> None:
+        """Gives the copy the entries that came with payload `number` of `rows` rows in all.
+
+        Raises:
+            RuntimeError: this end sends.
+            ValueError: not one body of each sending process.
+        """
+        if self.sends:
+            raise RuntimeError("the sending end of a codebook cannot decode: its copy is ahead")
+        if len(bodies) != self.shards:
+            raise ValueError(f"{len(bodies)} bodies arrived from {self.shards} sending processes")
+        if self.stream is not None:
+            self._take_streamed(self.stream, bodies, rows // self.shards, number)
 
     def _take_streamed(
         self, stream: CodebookStream, bodies: Sequence[Tensor], rows: int, number: int

@@ -30,13 +30,15 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
     Returns:
         [n, m], contiguous, of left's dtype.
     """
-    if not _has_kernels(left):
+    if not has_kernels(left):
         return reference_gathered_mm(left, table, ids, weight)
-    from mapl.ops.kernels import gathered
-
     if weight.size(1) <= KERNEL_COLUMNS:
+        from mapl.ops.kernels import gathered
+
         return gathered.gathered_mm(left, table, ids, weight)
-    return torch.mm(gathered.side_by_side(left, table, ids), weight)
+    from mapl.ops.kernels.side_by_side import side_by_side
+
+    return torch.mm(side_by_side(left, table, ids), weight)
 
 
 def reference_gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
@@ -52,6 +54,6 @@ def reference_side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([left, table[ids.long()]], dim=1)
 
 
-def _has_kernels(left: Tensor) -> bool:
+def has_kernels(left: Tensor) -> bool:
     """16-bit numbers have; fp32 ones heed torch's own setting of matmul precision instead."""
     return left.dtype.itemsize == 2 and use_triton(left)

@@ -116,13 +116,19 @@ class StageBoundaries(nn.Module):
         port = self.inlet
         assert port is not None
         payload = take_payload(latent, f"boundary {port.boundary}, forward")
-        payloads = self._gathered(port.forward_channel, payload)
-        self._set_ids(port.forward_channel.unpack(payloads, latent, self._runtime.guard))
+        channel, tokens = port.forward_channel, latent.shape[:2]
+        payloads = self._gathered(channel, payload)
         if latent.requires_grad and torch.is_grad_enabled():
             latent.register_post_accumulate_grad_hook(self._pack_gradient)
-        if port.projector is None:
-            return latent
-        return decode(latent, self._coordinates(), self.anchor.basis, port.projector)
+        if port.projector is None or self.anchor.basis is None:
+            self._set_ids(channel.unpack(payloads, latent, self._runtime.guard))
+            if port.projector is None:
+                return latent
+            return decode(latent, self._coordinates(), None, port.projector)
+        bodies, ids = channel.check(payloads, tokens, self._runtime.guard)
+        self._set_ids(ids)
+        product = partial(channel.codec.product_from, bodies, channel.received - 1)
+        return decode(latent, self._coordinates(), self.anchor.basis, port.projector, product)
 
     def send(self, hidden: torch.Tensor) -> torch.Tensor:
         """Encodes the stage's output for the outlet.
@@ -135,14 +141,22 @@ class StageBoundaries(nn.Module):
         """
         port = self.outlet
         assert port is not None
-        latent = hidden
+        channel, tokens, basis = port.forward_channel, hidden.shape[:2], self.anchor.basis
+        booked = self._runtime.ledger, tokens[0] * tokens[1] * self._token_bytes
+        latent, payload = hidden, None
         if port.projector is not None:
             coordinates = self._coordinates()
-            latent = encode(hidden, coordinates, self.anchor.basis, port.projector)
             if self.measure_energy:
-                self.energy = energy_kept(hidden, coordinates, self.anchor.basis, port.projector)
-        uncompressed = hidden.shape[0] * hidden.shape[1] * self._token_bytes
-        payload = port.forward_channel.pack(latent, self._ids, self._runtime.ledger, uncompressed)
+                self.energy = energy_kept(hidden, coordinates, basis, port.projector)
+            if basis is None or channel.share != WHOLE:
+                latent = encode(hidden, coordinates, basis, port.projector)
+            else:
+                payload, body = channel.blank(tokens, hidden.device)
+                product = partial(channel.codec.product_into, body, channel.sent)
+                latent = encode(hidden, coordinates, basis, port.projector, product)
+                channel.seal(payload, tokens, self._ids, *booked)
+        if payload is None:
+            payload = channel.pack(latent, self._ids, *booked)
         setattr(latent, PAYLOAD, payload)
         if latent.requires_grad:
             latent.register_hook(self._unpack_gradient)

@@ -70,7 +70,7 @@ def test_wide_results_go_through_operands_side_by_side(size, device, monkeypatch
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("stride", [0, 24])
 def test_side_by_side_is_exact(size, stride, device):
-    from mapl.ops.kernels.gathered import side_by_side
+    from mapl.ops.kernels.side_by_side import side_by_side
 
     left, table, ids, _ = operands(size, torch.bfloat16, device, stride)
     expected = gathered.reference_side_by_side(left, table, ids)

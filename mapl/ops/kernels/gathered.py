@@ -4,12 +4,15 @@
 Shapes: n rows (tokens), a numbers of the left operand, k of a table's row, m columns of the result.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.kernels import quantise
 
 _INNER = 64  # numbers of the contracted dimension in one step of the GEMM
 _TILE_ROWS = 128
@@ -27,15 +30,23 @@ def gathered_mm_kernel(
     k,
     m,
     left_stride,
+    scales,
+    codes,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    FORMAT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """out [n, m] = [left | table[ids]]·weight, accumulated in fp32.
 
     left [n, a] with rows `left_stride` apart, table [V, k], ids [n], weight [a + k, m]. EVEN says
     that a and k are multiples of INNER, and m of COLUMNS.
+
+    With a FORMAT, scales [n, m / GROUP] and codes of what out would be are written in its stead:
+    see mapl.ops.kernels.scaled. GROUP is a power of two that divides COLUMNS, and COLUMNS m.
     """
     column_tiles = tl.cdiv(m, COLUMNS)
     rows = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
@@ -61,37 +72,88 @@ def gathered_mm_kernel(
             x = tl.load(pointers, mask=inside[None, :], other=0.0)
             w = tl.load(weights, mask=inside[:, None] & (columns < m)[None, :], other=0.0)
         total = tl.dot(x, w, total)
-    target = out + rows[:, None].to(tl.int64) * m + columns[None, :]
-    stored = (rows < n)[:, None] & (columns < m)[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def side_by_side_kernel(left, table, ids, out, a, k, left_stride, BLOCK: tl.constexpr):
-    """out [n, a + k] = [left | table[ids]], one row a program."""
-    row = tl.program_id(0).to(tl.int64)
-    width = a + k
-    table_row = table + tl.load(ids + row).to(tl.int64) * k
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        source = tl.where(column < a, left + row * left_stride + column, table_row + (column - a))
-        inside = column < width
-        tl.store(out + row * width + column, tl.load(source, mask=inside), mask=inside)
+    result = total.to(out.dtype.element_ty)
+    place = rows[:, None].to(tl.int64) * m + columns[None, :]
+    if FORMAT == "":
+        tl.store(out + place, result, mask=(rows < n)[:, None] & (columns < m)[None, :])
+    else:
+        GROUPS: tl.constexpr = COLUMNS // GROUP
+        grouped = tl.reshape(result.to(tl.float32), (ROWS, GROUPS, GROUP))
+        bits = quantise.scale_bits(tl.max(quantise.magnitude(grouped), 2), LARGEST)
+        first = rows.to(tl.int64) * (m // GROUP) + tl.program_id(0) % column_tiles * GROUPS
+        group = first[:, None] + tl.arange(0, GROUPS)[None, :]
+        tl.store(scales + group, bits.to(tl.int16), mask=(rows < n)[:, None])
+        ratio = quantise.ratio(grouped, quantise.from_bf16_bits(bits)[:, :, None], LARGEST)
+        code = quantise.code(ratio, ratio, FORMAT, False)
+        if FORMAT == "int4":
+            low, high = tl.split(tl.reshape(code, (ROWS, COLUMNS // 2, 2)))
+            half = tl.program_id(0) % column_tiles * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            pair = rows[:, None].to(tl.int64) * (m // 2) + half[None, :]
+            tl.store(codes + pair, (low | high << 4).to(tl.uint8), mask=(rows < n)[:, None])
+        else:
+            flat = tl.reshape(code, (ROWS, COLUMNS)).to(tl.uint8)
+            tl.store(codes + place, flat, mask=(rows < n)[:, None])
 
 
 def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """See `mapl.ops.gathered.gathered_mm`."""
+    out = torch.empty(len(left), weight.size(1), dtype=left.dtype, device=left.device)
+    _launch(left, table, ids, weight, out, None, "", 1)
+    return out
+
+
+def quantises(columns: int, group: int) -> bool:
+    """Whether `gathered_mm_quantised` takes results of so many columns and such groups."""
+    tile, _ = _tile_columns(columns)
+    return columns % tile == 0 and group & (group - 1) == 0 and 2 <= group <= tile
+
+
+def gathered_mm_quantised(
+    left: Tensor,
+    table: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    body: Tensor,
+    group: int,
+    format: str,
+) -> None:
+    """Fills `body`, uint8, with what mapl.ops.kernels.scaled makes of the product, to the nearest.
+
+    The product itself is not written anywhere.
+
+    Args:
+        left, table, ids, weight: as for `gathered_mm`.
+        body: scales, then codes.
+        group: numbers that share a scale; see `quantises`.
+        format: a key of `quantise.LARGEST`.
+    """
+    _launch(left, table, ids, weight, left, body, format, group)
+
+
+def _launch(
+    left: Tensor,
+    table: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    body: Tensor | None,
+    format: str,
+    group: int,
+) -> None:
     (n, a), k, m = left.shape, table.size(1), weight.size(1)
-    out = torch.empty(n, m, dtype=left.dtype, device=left.device)
     columns, warps = _tile_columns(m)
     grid = (triton.cdiv(n, _TILE_ROWS) * triton.cdiv(m, columns),)
     even = a % _INNER == 0 and k % _INNER == 0 and m % columns == 0
+    scales = codes = None
+    if body is not None:
+        scale_bytes = 2 * n * (m // group)
+        scales, codes = body[:scale_bytes].view(torch.int16), body[scale_bytes:]
     gathered_mm_kernel[grid](
-        left, table, ids, weight, out, n, a, k, m, left.stride(0),
+        left, table, ids, weight, out, n, a, k, m, left.stride(0), scales, codes,
         EVEN=even, ROWS=_TILE_ROWS, COLUMNS=columns, INNER=_INNER,
+        FORMAT=format, LARGEST=quantise.LARGEST.get(format, 0.0), GROUP=group,
         num_warps=warps, num_stages=4,
     )  # fmt: skip
-    return out
 
 
 def _tile_columns(m: int) -> tuple[int, int]:
@@ -100,35 +162,37 @@ def _tile_columns(m: int) -> tuple[int, int]:
     return columns, 8 if columns > 64 else 4
 
 
-def side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """See `mapl.ops.gathered.reference_side_by_side`."""
-    (n, a), k = left.shape, table.size(1)
-    out = torch.empty(n, a + k, dtype=left.dtype, device=left.device)
-    block, warps = (1024, 4) if a + k >= 1024 else (512, 2)
-    side_by_side_kernel[(n,)](
-        left, table, ids, out, a, k, left.stride(0), BLOCK=block, num_warps=warps
-    )
-    return out
-
-
 _POINTERS = {"left": "*bf16", "table": "*bf16", "ids": "*i64", "out": "*bf16"}
 _SIZES = {"a": "i32", "k": "i32", "left_stride": "i32"}
 _MM = {**_POINTERS, "weight": "*bf16", **_SIZES, "n": "i32", "m": "i32"}
+_CODES = {"scales": "*i16", "codes": "*u8"}
+
+
+def _specialisation(format: str, columns: int, even: bool) -> Specialisation:
+    constants: dict[str, Any] = {
+        "EVEN": even,
+        "ROWS": _TILE_ROWS,
+        "COLUMNS": columns,
+        "INNER": _INNER,
+    }
+    constants |= {"FORMAT": format, "LARGEST": quantise.LARGEST.get(format, 0.0)}
+    if not format:
+        constants |= {"GROUP": 1, "scales": None, "codes": None}
+    options = {"num_warps": 8, "num_stages": 4}
+    types = {**_MM, **_CODES} if format else _MM
+    return Specialisation(
+        gathered_mm_kernel, types, {"GROUP": 64, **constants}, options, tuple(types)
+    )
+
+
 SPECIALISATIONS = [
-    Specialisation(
-        gathered_mm_kernel,
-        _MM,
-        {"EVEN": even, "ROWS": _TILE_ROWS, "COLUMNS": columns, "INNER": _INNER},
-        {"num_warps": 8, "num_stages": 4},
-        tuple(_MM),
-    )
-    for even, columns in ((True, 256), (True, 128), (False, 256))
-] + [
-    Specialisation(
-        side_by_side_kernel,
-        {**_POINTERS, **_SIZES},
-        {"BLOCK": 1024},
-        {"num_warps": 4},
-        (*_POINTERS, *_SIZES),
-    )
+    *(
+        _specialisation("", columns, even)
+        for even, columns in ((True, 256), (True, 128), (False, 256))
+    ),
+    *(
+        _specialisation(format, columns, True)
+        for format in ("e4m3", "int8", "int4")
+        for columns in (128, 256)
+    ),
 ]
