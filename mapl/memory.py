@@ -6,13 +6,14 @@ model's dtype, and F micro-batches between their forward and their backward pass
 each chunk of the model that they passed):
 
     projectors    12·d·r      a side of a boundary: A, momentum and gradient, fp32
+    operands      ((d + r_a)·r)·w + 4·r_a·r    a chunk that sends: [A; −PA], the sum before Pᵀ
+                  (r + r_a)·d·w                a chunk that receives: [Aᵀ; P]
     anchors       V·r_a·o + 4·r_a·d    a chunk: the table, o bytes with all of its state; the basis
     activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
-    coordinates   F·N·r_a·w   a chunk that sends: C = E[ids], which dA needs too
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
-    ids           F·N·8       a chunk
+    ids           F·N·20      a chunk: the ids, and their order for the gradient of the table
     payloads      (2a + 2)·(N·(r·w + 4) + 64)    a side: under way in both directions, a ahead
-    work          N·((r + r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work
+    work          N·((r + 3·r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work
 
 Codecs with fewer bits only make payloads smaller. What a residual vector quantiser needs for its
 search and its codebooks is not in it, nor what the projector's step needs, which comes when the
@@ -59,13 +60,14 @@ def added(stage: Stage) -> dict[str, int]:
     sends, receives = stage.sending > 0, stage.receiving > 0
     return {
         "projectors": sides * 12 * d * r,
+        "operands": stage.sending * ((d + k) * r * stage.itemsize + 4 * k * r)
+        + stage.receiving * (r + k) * d * stage.itemsize,
         "anchors": chunks * (stage.vocab_size * k * stage.table_bytes + 4 * k * d),
         "activations": sends * kept * d * stage.itemsize,
-        "coordinates": sends * kept * k * stage.itemsize,
         "latents": receives * kept * r * stage.itemsize,
-        "ids": kept * 8,
+        "ids": kept * 20,
         "payloads": sides * (2 * stage.ahead + 2) * (n * (r * stage.itemsize + 4) + 64),
-        "work": n * ((r + k) * stage.itemsize + 16 * r) + 8 * d * r,
+        "work": n * ((r + 3 * k) * stage.itemsize + 16 * r) + 8 * d * r,
     }
 
 

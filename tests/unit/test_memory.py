@@ -9,6 +9,7 @@ import torch
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode
 from mapl.memory import Stage, added, in_flight
+from mapl.ops.scatter import TokenOrder
 from mapl.projectors import LearnedProjector
 
 STAGE = Stage(
@@ -46,12 +47,25 @@ def test_what_is_kept_for_the_backward_pass_is_in_it() -> None:
     ids = torch.randint(0, 300, (50, 1), generator=generator)
     x = torch.randn(50, 1, 64).bfloat16().requires_grad_()
     z = torch.randn(50, 1, 8).bfloat16().requires_grad_()
-    constant = projector.A.nbytes + anchor.basis.nbytes
+    coordinates = anchor.coordinates(ids)
+    constant = projector.A.nbytes + anchor.basis.nbytes + anchor.E.nbytes
     sum_of = added(replace(STAGE, in_flight=1))
-    sending = storages(lambda: encode(x, anchor(ids), anchor.basis, projector)) - constant
-    assert sending == sum_of["activations"] + sum_of["coordinates"] + sum_of["ids"]
-    receiving = storages(lambda: decode(z, anchor(ids), anchor.basis, projector)) - constant
-    assert receiving == sum_of["latents"] + sum_of["ids"]
+    sending = storages(lambda: encode(x, coordinates, anchor.basis, projector)) - constant
+    assert sending == sum_of["activations"]
+    receiving = storages(lambda: decode(z, coordinates, anchor.basis, projector)) - constant
+    assert receiving == sum_of["latents"]
+    order = coordinates.ids, *TokenOrder(coordinates.ids).ascending
+    assert sum(tensor.nbytes for tensor in order) == sum_of["ids"]
+
+
+def test_operands_are_in_it() -> None:
+    projector = LearnedProjector(64, 8, torch.Generator().manual_seed(0))
+    basis, bf16 = torch.randn(16, 64), torch.bfloat16
+    down = projector.operands.get("encode", projector.A, basis, bf16)
+    up = projector.operands.get("decode", projector.A, basis, bf16)
+    before_basis = torch.empty(16, 8)  # what `accumulate_product` sums with a basis
+    total = down.nbytes + up.nbytes + before_basis.nbytes
+    assert added(STAGE)["operands"] == total
 
 
 def test_what_stays_is_in_it() -> None:
@@ -70,7 +84,7 @@ def test_ends_have_what_they_need() -> None:
     first = added(replace(STAGE, receiving=0))
     last = added(replace(STAGE, sending=0))
     assert first["latents"] == 0 < first["activations"]
-    assert last["activations"] == last["coordinates"] == 0 < last["latents"]
+    assert last["activations"] == 0 < last["latents"]
     assert first["projectors"] == last["projectors"] == added(STAGE)["projectors"] / 2
 
 
