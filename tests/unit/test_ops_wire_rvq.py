@@ -205,7 +205,7 @@ def test_streamed_entries(monkeypatch, device, wire, order):
             receiver.decode(bodies, torch.empty(8, 6, dtype=wire, device=place), number)
             assert all(torch.equal(end.codebook, receiver.codebook) for end in senders)
             carried = [end.split(b, 4)["codebook"] for end, b in zip(senders, bodies, strict=True)]
-            results[ops] += [part.cpu() for part in (*carried, receiver.codebook)]
+            results[ops] += [part.cpu().clone() for part in (*carried, receiver.codebook)]
     for left, right in zip(*results.values(), strict=True):
         assert torch.equal(left, right)
 
