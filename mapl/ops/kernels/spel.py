@@ -29,6 +29,7 @@ from mapl.ops.kernels.spel_products import (
     DEPTH,
     SPLIT,
     SQUARE,
+    SQUARE_DEPTH,
     SQUARE_OPTIONS,
     SUM,
     TALL,
@@ -212,7 +213,7 @@ class _Batch:
         across = triton.cdiv(self.r, SQUARE)
         products.square_kernel[(across, across, len(left) * self.size)](
             left[0], left[-1], right, out[0], out[-1], self.size, one, linear, quadratic,
-            self.r, SQUARE, DEPTH, **SQUARE_OPTIONS,
+            self.r, SQUARE, SQUARE_DEPTH, **SQUARE_OPTIONS,
         )  # fmt: skip
         return out
 

@@ -26,8 +26,8 @@ TALL, DEPTH = 128, 64
 #: Rows that a Gram program sums before its part goes to memory. Eight boundaries of 4096×256 then
 #: make 264 programs, two for each of Hopper's 132 multiprocessors.
 SPLIT = 384
-#: Tile of products of square matrices, and of the sums over the parts of a Gram matrix.
-SQUARE, SUM = 64, 32
+#: Tile and depth of products of square matrices, and tile of sums over the parts of a Gram matrix.
+SQUARE, SQUARE_DEPTH, SUM = 64, 64, 32
 
 TALL_OPTIONS = {"num_warps": 8, "num_stages": 2}
 SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -386,7 +386,7 @@ def _specialisations(rank: int) -> list[Specialisation]:
             _specialisation(sum_kernel, rank, SPLITS=11, MODE=mode, WIDTH=rank, SUM=SUM)
             for mode in (SYMMETRIC_PART, NORMALISED, PLAIN, FROM_IDENTITY)
         ),
-        _specialisation(square_kernel, rank, SQUARE=SQUARE, DEPTH=DEPTH),
+        _specialisation(square_kernel, rank, SQUARE=SQUARE, DEPTH=SQUARE_DEPTH),
         *(
             _specialisation(kernel, rank, **tall)
             for kernel in (momentum_kernel, apply_kernel, descend_kernel, commit_kernel)
