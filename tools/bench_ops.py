@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks, then times a boundary's encoder and decoder on a GPU, beside the floor and other ways.
+"""Checks, then times on a GPU what MAPL computes, beside the floor and other ways to do it.
 
     python tools/bench_ops.py [--quick] [--json FILE]
+
+A stage's decoder and encoder first, then what makes payloads of latents (bench_wire.py) and the
+projectors' step (bench_spel.py).
 
 Floor: for each direction and pass, the larger of operations over the measured bf16 rate and bytes
 (each input read once, each output written once) over the measured copy bandwidth. A stage's floor
@@ -12,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +114,8 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two points of the grid")
+    parser.add_argument("--vocabulary", type=int, help="of the grid, this one alone")
+    parser.add_argument("--stage-only", action="store_true", help="neither codecs nor SPEL")
     parser.add_argument("--json", type=Path, help="write all times here")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
@@ -128,6 +134,8 @@ def main() -> None:
     )
     records = []
     for shape in QUICK if arguments.quick else GRID:
+        if arguments.vocabulary not in (None, shape.v):
+            continue
         floor = floors(shape, ceilings)
         times = measure(shape, arguments.variants)
         records.append({"shape": str(shape), "floor": floor, "times": times})
@@ -139,6 +147,11 @@ def main() -> None:
         arguments.json.write_text(
             json.dumps({"ceilings": vars(ceilings), "points": records}, indent=1)
         )
+    if not arguments.stage_only:
+        torch.cuda.empty_cache()
+        for name in ("bench_wire.py", "bench_spel.py"):
+            print(flush=True)
+            subprocess.run([sys.executable, str(Path(__file__).with_name(name))], check=True)
 
 
 def _summarise(records: list[dict[str, Any]], names: list[str]) -> None:
