@@ -4,8 +4,8 @@
     python tools/bench_wire.py
 
 Microseconds on the GPU, from graphs (`tools/gpu_timing.py`): encode and decode are the codec's,
-pack and unpack the whole way of a message, with 16384 token ids, header and checksum. In plain torch
-what a graph cannot capture is called, and its launches then count too; such times have a star.
+pack and unpack the whole way of a message, with 16384 token ids, header and checksum. What a graph
+cannot capture, in plain torch, is called, and its launches then count too; such times have a star.
 """
 
 import argparse
