@@ -57,8 +57,8 @@ def encode(
         ValueError: shapes that do not fit.
     """
     _check_shapes("encode's x", x, 0, coordinates, basis, projector)
-    table = None if coordinates is None else coordinates.table.to(x.dtype)
-    z: Tensor = _Encode.apply(x, table, coordinates, basis, projector.A, projector, product)
+    table, use = _table_and_use(coordinates, x.dtype)
+    z: Tensor = _Encode.apply(x, table, coordinates, use, basis, projector.A, projector, product)
     return z
 
 
@@ -88,8 +88,9 @@ def decode(
         ValueError: shapes that do not fit.
     """
     _check_shapes("decode's z", z, 1, coordinates, basis, projector)
-    table = None if coordinates is None else coordinates.table.to(z.dtype)
-    x: Tensor = _Decode.apply(z, table, coordinates, basis, projector.A, projector, product)
+    assert product is gathered_mm or z.is_contiguous(), "a codec fills z in place"
+    table, use = _table_and_use(coordinates, z.dtype)
+    x: Tensor = _Decode.apply(z, table, coordinates, use, basis, projector.A, projector, product)
     return x
 
 
@@ -153,6 +154,21 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosines)).float()
 
 
+#: How `Coordinates.table_gradient` is to be called.
+Use = dict[str, bool]
+
+
+def _table_and_use(
+    coordinates: Coordinates | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Use]:
+    """The table in the model's dtype, and what becomes of its gradient."""
+    if coordinates is None:
+        return None, {}
+    table = coordinates.table.to(dtype)
+    adds = coordinates.adds_to_main_grad and table is coordinates.table
+    return table, {"adds": adds, "last": coordinates.is_first_use()}
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -160,6 +176,7 @@ class _Encode(torch.autograd.Function):
         x: Tensor,
         table: Tensor | None,
         coordinates: Coordinates | None,
+        use: Use,
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
@@ -174,8 +191,7 @@ class _Encode(torch.autograd.Function):
         else:
             z = product(rows, table, coordinates.ids, weight)
         ctx.save_for_backward(x if projector.learns else None, table, basis, a)
-        ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
-        ctx.last = coordinates is not None and coordinates.is_first_use()
+        ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(z, x)
 
     @staticmethod
@@ -194,8 +210,8 @@ class _Encode(torch.autograd.Function):
         dtable = None
         if needs_table:
             dc = -(dz_rows @ down.mT) if basis is None else dz_rows @ ctx.weight[d:].mT
-            dtable = coordinates.table_gradient(table, dc, last=ctx.last)
-        return dx, dtable, None, None, None, None, None
+            dtable = coordinates.table_gradient(table, dc, **ctx.use)
+        return dx, dtable, *[None] * 6
 
 
 class _Decode(torch.autograd.Function):
@@ -205,6 +221,7 @@ class _Decode(torch.autograd.Function):
         z: Tensor,
         table: Tensor | None,
         coordinates: Coordinates | None,
+        use: Use,
         basis: Tensor | None,
         a: Tensor,
         projector: Projector,
@@ -219,8 +236,7 @@ class _Decode(torch.autograd.Function):
         else:
             x = product(rows, table, coordinates.ids, weight)
         ctx.save_for_backward(z if projector.learns else None, table, basis, a)
-        ctx.coordinates, ctx.projector, ctx.weight = coordinates, projector, weight
-        ctx.last = coordinates is not None and coordinates.is_first_use()
+        ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(x, z)
 
     @staticmethod
@@ -238,8 +254,8 @@ class _Decode(torch.autograd.Function):
         else:
             dz = dx_rows @ ctx.weight[:r].mT
         if needs_table:
-            dtable = ctx.coordinates.table_gradient(table, dc, last=ctx.last)
-        return _reshaped(dz, dx) if needs_dz else None, dtable, None, None, None, None, None
+            dtable = ctx.coordinates.table_gradient(table, dc, **ctx.use)
+        return _reshaped(dz, dx) if needs_dz else None, dtable, *[None] * 6
 
 
 def _reshaped(rows: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One direction of one boundary, seen from either end: codec, frame, sequence number, bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,39 +68,35 @@ class Channel:
         Args:
             uncompressed: bytes that plain Megatron would have sent for this micro-batch.
         """
-        tokens = tensor.shape[:2]
         rows = tensor.detach().reshape(-1, self.width)
-        payload, body = self.blank(tokens, tensor.device)
-        self.codec.encode_into(self._own(rows), self.sent, body)
-        self.seal(payload, tokens, ids, ledger, uncompressed)
-        return payload
 
-    def blank(
-        self, tokens: Sequence[int], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next payload for tokens of shape (s, b), to be filled and sealed, and its body."""
-        layout = self.layout_of(tokens)
-        payload = blank(layout, device)
-        return payload, body_of(layout, payload)
+        def fill(body: torch.Tensor) -> None:
+            self.codec.encode_into(self._own(rows), self.sent, body)
 
-    def seal(
+        return self.pack_body(fill, tensor.shape[:2], tensor.device, ids, ledger, uncompressed)
+
+    def pack_body(
         self,
-        payload: torch.Tensor,
+        fill: Callable[[torch.Tensor], None],
         tokens: Sequence[int],
+        device: torch.device,
         ids: torch.Tensor | None,
         ledger: Ledger,
         uncompressed: int,
-    ) -> None:
-        """Completes a payload that `blank` gave; the arguments are those of `pack`."""
+    ) -> torch.Tensor:
+        """The same where `fill` writes the body, uint8, of tokens of shape (s, b)."""
+        layout = self.layout_of(tokens)
+        payload = blank(layout, device)
+        fill(body_of(layout, payload))
         carried = None
         if self.carries_ids:
             assert ids is not None, "a channel that carries ids was given none"
             carried = self._own(ids.flatten())
-        layout = self.layout_of(tokens)
         seal(layout, self.sent, payload, carried)
         self.sent += 1
         whole = self._layout(tokens[0] * tokens[1]).total_bytes
         ledger.count(layout, uncompressed=uncompressed, unsplit=whole)
+        return payload
 
     def unpack(
         self, payloads: Sequence[torch.Tensor], out: torch.Tensor, guard: PayloadGuard

@@ -7,6 +7,8 @@ that buffer's dtype: the dense gradient, V rows for the few that a micro-batch h
 then neither formed nor added.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,8 +48,19 @@ class Coordinates:
         ids = torch.arange(c.numel() // c.size(-1), device=c.device)
         return cls(c.reshape(-1, c.size(-1)), ids.view(c.shape[:-1]))
 
+    @property
+    def adds_to_main_grad(self) -> bool:
+        """Whether the table's gradient goes to its `main_grad`."""
+        return getattr(self.table, "main_grad", None) is not None
+
     def gathered(self) -> Tensor:
-        """C in its shape; autograd takes its gradient back to the table."""
+        """C in its shape; autograd takes its gradient back to the table.
+
+        Raises:
+            RuntimeError: the gradient of the table goes to `main_grad`; autograd's would be lost.
+        """
+        if self.adds_to_main_grad and torch.is_grad_enabled():
+            raise RuntimeError("this table's gradient goes to main_grad; take `rows` instead")
         return F.embedding(self.ids, self.table).view(self.shape)
 
     def rows(self, table: Tensor | None = None) -> Tensor:
@@ -55,27 +68,39 @@ class Coordinates:
         return F.embedding(self.ids, (self.table if table is None else table).detach())
 
     def is_first_use(self) -> bool:
-        """Whether nobody has asked before. The first use in a forward pass is last in backward."""
+        """Whether this is the first use that a backward pass will come to, and so its last."""
+        if not (self.table.requires_grad and torch.is_grad_enabled()):
+            return False
         first, self._used = not self._used, True
         return first
 
-    def table_gradient(self, table: Tensor, dc: Tensor, *, last: bool) -> Tensor | None:
+    def table_gradient(self, table: Tensor, dc: Tensor, *, adds: bool, last: bool) -> Tensor | None:
         """What an autograd Function returns for the table.
 
         Args:
             table: the table, or a cast of it, as the Function got it.
             dc: gradient of C, [n, k].
+            adds: `adds_to_main_grad` in the forward pass, for the table itself.
             last: whether no other use of these coordinates comes later in this backward pass.
 
         Returns:
             The dense gradient [V, k]. If it was added to `main_grad` instead, a tensor without
             meaning the last time, since whoever owns the buffer waits for one, and None before.
         """
-        main_grad = getattr(self.table, "main_grad", None)
-        if main_grad is None or table is not self.table:
+        if not adds:
             gradient = torch.zeros_like(table)
             scatter_add(gradient, self._order, dc)
             return gradient
-        scatter_add(main_grad, self._order, dc)
+        scatter_add(self.table.main_grad, self._order, dc)  # type: ignore[attr-defined]
         self.table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(table) if last else None
+        return _meaningless(table.shape, table.dtype, table.device) if last else None
+
+
+def _meaningless(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A gradient that nobody reads; all of one shape share their memory."""
+    return _shared_memory(shape, dtype, device).detach()
+
+
+@cache
+def _shared_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -9,6 +9,7 @@ each chunk of the model that they passed):
     operands      ((d + r_a)·r)·w + 4·r_a·r    a chunk that sends: [A; −PA], the sum before Pᵀ
                   (r + r_a)·d·w                a chunk that receives: [Aᵀ; P]
     anchors       V·r_a·o + 4·r_a·d    a chunk: the table, o bytes with all of its state; the basis
+                  V·r_a·w              once: what stands for the table's gradient in autograd
     activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
     ids           F·N·20      a chunk: the ids, and their order for the gradient of the table
@@ -17,7 +18,8 @@ each chunk of the model that they passed):
 
 Codecs with fewer bits only make payloads smaller. What a residual vector quantiser needs for its
 search and its codebooks is not in it, nor what the projector's step needs, which comes when the
-activations are gone. Over gloo each payload under way also takes its size of pinned host memory.
+activations are gone. Over gloo each payload under way also takes up to twice its size of pinned
+host memory, which torch keeps.
 """
 
 from dataclasses import dataclass
@@ -62,7 +64,8 @@ def added(stage: Stage) -> dict[str, int]:
         "projectors": sides * 12 * d * r,
         "operands": stage.sending * ((d + k) * r * stage.itemsize + 4 * k * r)
         + stage.receiving * (r + k) * d * stage.itemsize,
-        "anchors": chunks * (stage.vocab_size * k * stage.table_bytes + 4 * k * d),
+        "anchors": chunks * (stage.vocab_size * k * stage.table_bytes + 4 * k * d)
+        + stage.vocab_size * k * stage.itemsize,
         "activations": sends * kept * d * stage.itemsize,
         "latents": receives * kept * r * stage.itemsize,
         "ids": kept * 20,

@@ -7,6 +7,7 @@ A [d, r] changes once a step, and a step has many micro-batches. Without a basis
 Aᵀ alone. P A is formed in fp32 before it is rounded to the model's dtype.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,16 +18,33 @@ from mapl.fp32 import full_precision
 Direction = Literal["encode", "decode"]
 
 
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What an operand was formed of."""
+
+    a: Tensor
+    a_version: int
+    basis: Tensor | None
+    basis_version: int
+
+    def is_still(self, now: "_State") -> bool:
+        same = self.a is now.a and self.basis is now.basis
+        return same and (self.a_version, self.basis_version) == (now.a_version, now.basis_version)
+
+
 class Operands:
     """Those of one projector."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Direction, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
+        self._kept: dict[tuple[Direction, torch.dtype], tuple[_State, Tensor]] = {}
 
     def get(
         self, direction: Direction, a: Tensor, basis: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """The operand for A and P as they are now.
+
+        In-place changes, such as a step or a load, count up a tensor's version and are seen. What
+        goes by `Tensor.data` or a collective is not: `clear` after those.
 
         Args:
             direction: which of the two.
@@ -34,12 +52,9 @@ class Operands:
             basis: P [k, d], or None.
             dtype: of the operand.
         """
-        # In-place changes, such as a step or a load, count up a tensor's version.
-        state: tuple[int, ...] = (a.data_ptr(), a._version)
-        if basis is not None:
-            state = (*state, basis.data_ptr(), basis._version)
+        state = _State(a, a._version, basis, 0 if basis is None else basis._version)
         kept = self._kept.get((direction, dtype))
-        if kept is None or kept[0] != state:
+        if kept is None or not kept[0].is_still(state):
             with torch.no_grad():
                 kept = (state, _form(direction, a.detach(), basis, dtype))
             self._kept[direction, dtype] = kept

@@ -124,6 +124,11 @@ class _MovingProjector(Projector):
         self.register_buffer("momentum", torch.zeros_like(self.A))
         self.grad = torch.zeros_like(self.A)
 
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """See :meth:`Projector.zero_grad`."""
+        self._with_basis = None  # nobody has asked for it
+        super().zero_grad(set_to_none)
+
     @property
     def grad(self) -> Tensor:
         """The sum of dA since ``zero_grad``, what came with a basis included."""

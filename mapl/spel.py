@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mapl.ops import use_triton
+from mapl.ops.dispatch import runs_gemms, use_triton
 from mapl.stiefel import msign, retract, tangent
 
 #: The largest α that the kernels take; they retract by a polynomial that needs it to be small.
@@ -96,7 +96,7 @@ def step_all(
     """
     for one in zip(a, grad, momentum, strict=True):
         _check(*one, 0.0 if isinstance(lr, Tensor) else lr, beta)
-    if a and use_triton(a[0]) and (isinstance(lr, Tensor) or lr <= HIGHEST_KERNEL_RATE):
+    if a and use_triton(a[0]) and runs_gemms(a[0]) and _is_low(lr):
         return _step_by_kernels(a, grad, momentum, lr, beta)
     results = []
     for matrix, its_grad, its_momentum in zip(a, grad, momentum, strict=True):
@@ -105,6 +105,11 @@ def step_all(
         its_momentum.copy_(new_momentum)
         results.append(ok)
     return results
+
+
+def _is_low(lr: float | Tensor) -> bool:
+    """Whether kernels take α; a tensor they look at themselves."""
+    return isinstance(lr, Tensor) or lr <= HIGHEST_KERNEL_RATE
 
 
 def _step_by_kernels(

@@ -25,8 +25,8 @@ from mapl.codecs.base import Codec, Role
 from mapl.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from mapl.codecs.casting import SMALLEST_SCALE, as_bytes, bf16_up, copy_clamped
 from mapl.codecs.counter_random import stream_key, uniform
-from mapl.ops import use_triton
-from mapl.ops.gathered import KERNEL_COLUMNS, has_kernels
+from mapl.ops.dispatch import runs_gemms, use_triton
+from mapl.ops.gathered import KERNEL_COLUMNS, has_kernels, row_contiguous
 
 #: Rounding s up to the 8 significant bits of bf16 makes it larger by less than this factor; the
 #: second one is for the fp32 rounding of max |x| / q_max.
@@ -104,10 +104,12 @@ class ScaledCodec(Codec):
         ids: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        if has_kernels(left) and not self.stochastic and self.width <= KERNEL_COLUMNS:
+        fits = not self.stochastic and self.width <= KERNEL_COLUMNS
+        if fits and has_kernels(left) and runs_gemms(left):
             from mapl.ops.kernels import gathered
 
             if gathered.quantises(self.width, self.group_size):
+                left = row_contiguous(left)
                 gathered.gathered_mm_quantised(
                     left, table, ids, weight, out, self.group_size, self.format
                 )

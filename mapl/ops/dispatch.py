@@ -5,6 +5,7 @@ import os
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 #: The environment variable that forces one implementation, and its values.
@@ -41,6 +42,20 @@ def use_triton(tensor: Tensor) -> bool:
             f"use {VARIABLE}=reference there, or TRITON_INTERPRET=1 in a test"
         )
     return forced == "triton"
+
+
+def runs_gemms(tensor: Tensor) -> bool:
+    """Whether kernels that multiply matrices fit the device of `tensor`, for which `use_triton`.
+
+    Their tiles take up to 200 kB of shared memory: Hopper (compute capability 9.0) and later have
+    that, older GPUs do not, and take what is in plain torch.
+    """
+    return not tensor.is_cuda or _capability(tensor.device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

@@ -11,7 +11,7 @@ Shapes: n tokens, a numbers a token of the left operand, table [V, k], m columns
 import torch
 from torch import Tensor
 
-from mapl.ops.dispatch import use_triton
+from mapl.ops.dispatch import runs_gemms, use_triton
 
 #: Up to this many columns each row of the left operand is loaded once or twice, and a kernel that
 #: gathers while it loads is the fastest. Above, cuBLAS is faster on operands put side by side.
@@ -22,7 +22,7 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
     """[left | table[ids]]·weight, accumulated in fp32.
 
     Args:
-        left: [n, a], rows contiguous.
+        left: [n, a].
         table: [V, k], contiguous, of left's dtype.
         ids: [n] integers in 0 … V − 1; not checked.
         weight: [a + k, m], contiguous, of left's dtype.
@@ -30,15 +30,21 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
     Returns:
         [n, m], contiguous, of left's dtype.
     """
-    if not has_kernels(left):
-        return reference_gathered_mm(left, table, ids, weight)
-    if weight.size(1) <= KERNEL_COLUMNS:
+    left = row_contiguous(left)
+    if has_kernels(left) and weight.size(1) > KERNEL_COLUMNS:
+        from mapl.ops.kernels.side_by_side import side_by_side
+
+        return torch.mm(side_by_side(left, table, ids), weight)
+    if has_kernels(left) and runs_gemms(left):
         from mapl.ops.kernels import gathered
 
         return gathered.gathered_mm(left, table, ids, weight)
-    from mapl.ops.kernels.side_by_side import side_by_side
+    return reference_gathered_mm(left, table, ids, weight)
 
-    return torch.mm(side_by_side(left, table, ids), weight)
+
+def row_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix, copied if the numbers of a row do not follow each other in memory."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def reference_gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:

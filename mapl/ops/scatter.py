@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mapl.ops.dispatch import use_triton
+from mapl.ops.gathered import row_contiguous
 
 
 class TokenOrder:
@@ -31,7 +32,7 @@ class TokenOrder:
         if not (self.ids.is_cuda and use_triton(self.ids)) or self._sorted is not None:
             return
         stream = _side_stream(self.ids.device)
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
         with torch.cuda.stream(stream):
             self._sorted = self._sort()
             self._ready = stream.record_event()
@@ -43,9 +44,8 @@ class TokenOrder:
         if self._sorted is None:
             self._sorted = self._sort()
         if self._ready is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.ids.device)
             stream.wait_event(self._ready)
-            self._ready = None
             for made_elsewhere in self._sorted:
                 made_elsewhere.record_stream(stream)
         return self._sorted
@@ -62,17 +62,20 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @torch.no_grad()
 def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] for each i, in fp32, deterministically.
+    """total[ids[i]] += rows[i] for each i, in fp32; as kernels and on a CPU deterministically.
+
+    Kernels sum in an order that all ids of the micro-batch decide. A number that is not finite may
+    spread to the rows of other ids of the micro-batch.
 
     Args:
         total: [V, k], contiguous, changed in place. A narrower dtype is rounded once a row.
         order: of the ids, n of them, all in 0 … V − 1; not checked.
-        rows: [n, k], the numbers of a row contiguous.
+        rows: [n, k].
     """
     if use_triton(rows):
         from mapl.ops.kernels.scatter import scatter_add as kernel
 
-        kernel(total, *order.ascending, rows)
+        kernel(total, *order.ascending, row_contiguous(rows))
     else:
         reference_scatter_add(total, order.ids, rows)
 

@@ -141,22 +141,23 @@ class StageBoundaries(nn.Module):
         """
         port = self.outlet
         assert port is not None
-        channel, tokens, basis = port.forward_channel, hidden.shape[:2], self.anchor.basis
+        channel, tokens, projector = port.forward_channel, hidden.shape[:2], port.projector
         booked = self._runtime.ledger, tokens[0] * tokens[1] * self._token_bytes
-        latent, payload = hidden, None
-        if port.projector is not None:
-            coordinates = self._coordinates()
-            if self.measure_energy:
-                self.energy = energy_kept(hidden, coordinates, basis, port.projector)
-            if basis is None or channel.share != WHOLE:
-                latent = encode(hidden, coordinates, basis, port.projector)
-            else:
-                payload, body = channel.blank(tokens, hidden.device)
-                product = partial(channel.codec.product_into, body, channel.sent)
-                latent = encode(hidden, coordinates, basis, port.projector, product)
-                channel.seal(payload, tokens, self._ids, *booked)
-        if payload is None:
+        if projector is not None and self.measure_energy:
+            self.energy = energy_kept(hidden, self._coordinates(), self.anchor.basis, projector)
+        latent = hidden
+        if projector is None or self.anchor.basis is None or channel.share != WHOLE:
+            if projector is not None:
+                latent = encode(hidden, self._coordinates(), self.anchor.basis, projector)
             payload = channel.pack(latent, self._ids, *booked)
+        else:
+
+            def fill(body: torch.Tensor) -> None:
+                nonlocal latent
+                product = partial(channel.codec.product_into, body, channel.sent)
+                latent = encode(hidden, self._coordinates(), self.anchor.basis, projector, product)
+
+            payload = channel.pack_body(fill, tokens, hidden.device, self._ids, *booked)
         setattr(latent, PAYLOAD, payload)
         if latent.requires_grad:
             latent.register_hook(self._unpack_gradient)

@@ -49,9 +49,11 @@ def _damage(
     before: Callable[[AnyChannel], None] = lambda channel: None,
     after: Callable[[AnyChannel, torch.Tensor], torch.Tensor] = lambda channel, payload: payload,
 ) -> None:
-    """Patches `pack`: `before` may change the channel, `after` the payload."""
-    owner: Any = ParcelChannel if direction is Direction.PROJECTOR else Channel
-    pack = owner.pack
+    """Patches what packs: `before` may change the channel, `after` the payload."""
+    parcel = direction is Direction.PROJECTOR
+    owner: Any = ParcelChannel if parcel else Channel
+    name = "pack" if parcel else "pack_body"  # by which all of a channel's payloads go
+    pack = getattr(owner, name)
 
     def pack_damaged(self: AnyChannel, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not _sends(self, direction):
@@ -62,7 +64,7 @@ def _damage(
         self.layout = layout
         return after(self, payload)
 
-    owner.pack = pack_damaged
+    setattr(owner, name, pack_damaged)
 
 
 def _flip(channel: AnyChannel, payload: torch.Tensor, *, byte: int) -> torch.Tensor:
@@ -146,7 +148,7 @@ def unbatched_transfers(record: dict[str, Any]) -> None:
 
 def _signal_in_step_3(signal_number: int) -> None:
     """In the process `VICTIM_RANK`, while it packs its third payload of the third step."""
-    pack = Channel.pack
+    pack = Channel.pack_body
     if os.environ["RANK"] != os.environ["VICTIM_RANK"]:
         return
     micro_batches = 8
@@ -156,7 +158,7 @@ def _signal_in_step_3(signal_number: int) -> None:
             os.kill(os.getpid(), signal_number)
         return pack(self, *args, **kwargs)
 
-    Channel.pack = pack_and_fall
+    Channel.pack_body = pack_and_fall  # type: ignore[method-assign]
 
 
 def die_in_step_3(record: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from megatron.mapl import cpu
 
+#: What `around_payloads` was called around in this process.
+FRAMED: set[str] = set()
+
 
 def main(folder: Path, job: dict[str, Any]) -> None:
     """Runs the job with its arguments."""
@@ -31,6 +34,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     sys.argv = ["pretrain_gpt.py", *job["arguments"]]
     rank = os.environ["RANK"]
     recorder.run(folder / f"record.{rank}", {"tamper": "", "plain": False, "cpu_mode": cpu_mode})
+    if job["around_payloads"]:
+        # Both ends of a pipeline send; the first receives gradients, the last activations.
+        assert "pack_body" in FRAMED and len(FRAMED) > 1, f"only {FRAMED} was framed"
 
 
 def make_deterministic() -> None:
@@ -45,20 +51,23 @@ def make_deterministic() -> None:
 def around_payloads(action: Callable[[], object]) -> None:
     """Has `action` called before and after each payload is packed or unpacked."""
     from mapl.channel import Channel
+    from megatron.mapl.model import StageBoundaries
 
-    def framed(function: Any) -> Any:
-        def call(self: Channel, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def frame(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            FRAMED.add(name)
             action()
-            result = function(self, tensor, *args, **kwargs)
+            result = function(*args, **kwargs)
             action()
             return result
 
-        return call
+        setattr(owner, name, call)
 
-    Channel.pack, Channel.unpack = (  # type: ignore[method-assign]
-        framed(Channel.pack),
-        framed(Channel.unpack),
-    )
+    frame(Channel, "pack_body")
+    frame(StageBoundaries, "receive")
+    frame(StageBoundaries, "_unpack_gradient")
 
 
 def press_allocator() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mapl import operands
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept, principal_angles
 from mapl.coordinates import Coordinates
@@ -247,11 +248,15 @@ def test_latent_may_be_freed_once_sent(kind):
 
 @pytest.mark.parametrize("kind", ["factorized", "full"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_gradients_go_to_main_grad_where_there_is_one(kind, dtype):
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_gradients_go_to_main_grad_where_there_is_one(kind, dtype, ops, monkeypatch):
     """As under Megatron's DDP: a stage's decoder and encoder share the table and the tokens."""
+    monkeypatch.setenv("MAPL_OPS", ops)
 
     def step(case):
         coordinates = case.coordinates()
+        with torch.no_grad():  # an evaluation is no use that a backward pass will come to
+            case.decode(case.z, coordinates)
         x = case.decode(case.z.clone().requires_grad_(), coordinates)
         layers = normal(*x.shape, seed=12, dtype=x.dtype)  # else both gradients cancel
         case.encode(x * layers, coordinates).sum().backward()
@@ -268,6 +273,45 @@ def test_gradients_go_to_main_grad_where_there_is_one(kind, dtype):
     added = (table.main_grad - 1).double()
     tolerance = {torch.float64: 1e-5, torch.bfloat16: 4e-2}[dtype]
     assert (added - plain.anchor.E.grad).norm() < tolerance * plain.anchor.E.grad.norm()
+
+
+def test_a_gradient_that_would_be_lost_is_refused():
+    case = Case(SIZES[0], "factorized")
+    case.anchor.E.main_grad = torch.zeros(case.anchor.E.shape)
+    with pytest.raises(RuntimeError, match="main_grad"):
+        case.anchor(case.ids)
+    with torch.no_grad():
+        assert case.anchor(case.ids) is not None
+
+
+@pytest.mark.parametrize("kind", ["factorized", "full"])
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_expanded_gradients_and_transposed_inputs(kind, ops, monkeypatch):
+    monkeypatch.setenv("MAPL_OPS", ops)
+    case = Case(SIZES[0], kind, dtype=torch.bfloat16)
+    x = case.x.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+    case.encode(x).sum().backward()
+    case.decode(case.z.requires_grad_()).sum().backward()
+    exact = Case(SIZES[0], kind)
+    exact.encode(exact.x.requires_grad_()).sum().backward()
+    exact.decode(exact.z.requires_grad_()).sum().backward()
+    for got, expected in (
+        (x.grad, exact.x.grad),
+        (case.z.grad, exact.z.grad),
+        (case.anchor.E.grad, exact.anchor.E.grad),
+        (case.projector.grad, exact.projector.grad),
+    ):
+        assert (got.double() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_operands_are_formed_once_for_an_a(monkeypatch):
+    formed = []
+    form = operands._form
+    monkeypatch.setattr(operands, "_form", lambda *args: formed.append(args[0]) or form(*args))
+    case = Case(SIZES[0], "factorized", dtype=torch.float32)
+    for _ in range(3):
+        case.encode(case.x), case.decode(case.z)
+    assert formed == ["encode", "decode"]
 
 
 def test_operands_follow_the_projector():

@@ -77,7 +77,7 @@ def test_what_stays_is_in_it() -> None:
         "factorized", vocab_size=300, hidden_size=64, anchor_rank=16, generator=generator
     )
     table = sum(p.numel() for p in anchor.parameters())
-    assert added(STAGE)["anchors"] == 18 * table + anchor.basis.nbytes
+    assert added(STAGE)["anchors"] == (18 + 2) * table + anchor.basis.nbytes
 
 
 def test_ends_have_what_they_need() -> None:

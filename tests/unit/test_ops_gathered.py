@@ -56,7 +56,8 @@ def test_product_is_that_of_float64(size, dtype, stride, device):
     exact = torch.cat([left.double(), table[ids].double()], 1) @ weight.double()
     result = gathered.gathered_mm(left, table, ids, weight)
     assert result.dtype == dtype and result.is_contiguous() and result.shape == exact.shape
-    assert relative_error(result, exact) < 2 * torch.finfo(dtype).eps
+    # Rounded to the nearest by a GPU; Triton's interpreter cuts bf16 off. Sums in 16 bits are worse.
+    assert relative_error(result, exact) < torch.finfo(dtype).eps / (2 if left.is_cuda else 1)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -81,6 +82,14 @@ def test_fp32_takes_the_reference(device):
     left, table, ids, weight = operands(SIZES[2], torch.float32, device)
     expected = gathered.reference_gathered_mm(left, table, ids, weight)
     assert torch.equal(gathered.gathered_mm(left, table, ids, weight), expected)
+
+
+def test_rows_that_are_not_contiguous(device):
+    left, table, ids, weight = operands(SIZES[2], torch.bfloat16, device)
+    strided = left.T.contiguous().T
+    assert strided.stride(1) != 1
+    expected = gathered.gathered_mm(left, table, ids, weight)
+    assert torch.equal(gathered.gathered_mm(strided, table, ids, weight), expected)
 
 
 def test_same_bits_each_time(device):

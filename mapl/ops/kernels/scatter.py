@@ -70,7 +70,7 @@ def scatter_add_kernel(
     mask = (place < n)[:, None] & wanted[None, :]
     values = tl.load(rows + row[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
     number = tl.arange(0, CHUNK)
-    # Products with 0 and 1 are exact, so this adds in fp32.
+    # Products of finite numbers with 0 and 1 are exact, so this only adds.
     member = number[:, None] == run[None, :]
     sums = tl.dot(member.to(tl.float32).to(values.dtype), values, input_precision="ieee")
 
