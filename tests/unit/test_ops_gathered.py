@@ -56,7 +56,7 @@ def test_product_is_that_of_float64(size, dtype, stride, device):
     exact = torch.cat([left.double(), table[ids].double()], 1) @ weight.double()
     result = gathered.gathered_mm(left, table, ids, weight)
     assert result.dtype == dtype and result.is_contiguous() and result.shape == exact.shape
-    # Rounded to the nearest by a GPU; Triton's interpreter cuts bf16 off. Sums in 16 bits are worse.
+    # A GPU rounds to the nearest, Triton's interpreter cuts bf16 off. Sums in 16 bits are worse.
     assert relative_error(result, exact) < torch.finfo(dtype).eps / (2 if left.is_cuda else 1)
 
 
