@@ -4,6 +4,9 @@
 Each takes one micro-batch through a stage, its decoder and its encoder, forward and backward, and
 leaves the same results: X̂ and Z, dẐ and dX, dA added to an fp32 buffer, dE added to one [V, k].
 
+What can be done once a step (operands made of A and P, the product with Pᵀ that dA ends with) is
+not timed, in none of them.
+
 - ours: `mapl.boundary`.
 - eager: the formula as written in METHOD's terms, (X − E[ids] P) A and Ẑ Aᵀ + E[ids] P, under
   autograd. The dense gradient of E is added to the buffer, as Megatron's DDP does.
@@ -83,51 +86,49 @@ class Batch:
 
 
 def _formula_encode(x: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
-    return (x - F.embedding(ids, table) @ basis.to(x.dtype)) @ a.to(x.dtype)
+    return (x - F.embedding(ids, table) @ basis) @ a.to(x.dtype)
 
 
 def _formula_decode(z: Tensor, ids: Tensor, table: Tensor, basis: Tensor, a: Tensor) -> Tensor:
-    return z @ a.to(z.dtype).mT + F.embedding(ids, table) @ basis.to(z.dtype)
+    return z @ a.to(z.dtype).mT + F.embedding(ids, table) @ basis
 
 
 class _HandEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids, boundary):  # type: ignore[no-untyped-def]
-        a, table = boundary.projector.A.to(x.dtype), boundary.anchor.E.detach()
-        basis_a = (boundary.anchor.basis @ boundary.projector.A).to(x.dtype)
-        ctx.save_for_backward(x, ids, a, basis_a)
-        ctx.boundary = boundary
-        return (x @ a).addmm_(table[ids], basis_a, alpha=-1)
+    def forward(ctx, x, ids, hand):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, ids)
+        ctx.hand = hand
+        return (x @ hand.down).addmm_(hand.table[ids], hand.basis_down, alpha=-1)
 
     @staticmethod
     def backward(ctx, dz):  # type: ignore[no-untyped-def]
-        x, ids, a, basis_a = ctx.saved_tensors
-        boundary = ctx.boundary
-        c = boundary.anchor.E.detach()[ids]
-        da = torch.mm(x.mT, dz, out_dtype=torch.float32)
-        da.addmm_(boundary.anchor.basis.mT, torch.mm(c.mT, dz, out_dtype=torch.float32), alpha=-1)
-        boundary.projector.grad.add_(da)
-        boundary.main_grad.index_add_(0, ids, (dz @ basis_a.mT).float(), alpha=-1)
-        return dz @ a.mT, None, None
+        x, ids = ctx.saved_tensors
+        hand = ctx.hand
+        _add(hand.boundary.projector.grad, x.mT, dz)
+        _add(hand.before_basis, hand.table[ids].mT, dz)
+        hand.boundary.main_grad.index_add_(0, ids, (dz @ hand.basis_down.mT).float(), alpha=-1)
+        return dz @ hand.down.mT, None, None
 
 
 class _HandDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, ids, boundary):  # type: ignore[no-untyped-def]
-        table = boundary.anchor.E.detach()
-        up = torch.cat([boundary.projector.A.mT.to(z.dtype), boundary.anchor.basis.to(z.dtype)])
-        ctx.save_for_backward(z, ids, up)
-        ctx.boundary = boundary
-        return torch.cat([z, table[ids]], 1) @ up
+    def forward(ctx, z, ids, hand):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(z, ids)
+        ctx.hand = hand
+        return torch.cat([z, hand.table[ids]], 1) @ hand.up
 
     @staticmethod
     def backward(ctx, dx):  # type: ignore[no-untyped-def]
-        z, ids, up = ctx.saved_tensors
-        boundary, r = ctx.boundary, z.size(1)
-        both = dx @ up.mT
-        boundary.projector.grad.add_(torch.mm(dx.mT, z, out_dtype=torch.float32))
-        boundary.main_grad.index_add_(0, ids, both[:, r:].float())
+        z, ids = ctx.saved_tensors
+        hand, r = ctx.hand, z.size(1)
+        both = dx @ hand.up.mT
+        _add(hand.boundary.projector.grad, dx.mT, z)
+        hand.boundary.main_grad.index_add_(0, ids, both[:, r:].float())
         return both[:, :r], None, None
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
 
 
 class Variant:
@@ -147,6 +148,9 @@ class Variant:
 
     def take_gradients(self) -> None:
         """Adds what the backward pass left elsewhere to the buffers."""
+
+    def once_a_step(self) -> None:
+        """What is left to do for the gradient of A after all micro-batches of a step."""
 
     def step(self) -> list[Tensor]:
         """One micro-batch, in the order in which a stage does it.
@@ -184,10 +188,11 @@ class Eager(Variant):
         super().__init__(boundary, batch)
         self.a = boundary.projector.A.detach().requires_grad_()
         self.table = boundary.anchor.E.detach().requires_grad_()
+        self.basis = boundary.anchor.basis.to(boundary.dtype)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """See `Variant`."""
-        batch, basis = self.batch, self.boundary.anchor.basis
+        batch, basis = self.batch, self.basis
         x = self.decode(batch.z, batch.ids, self.table, basis, self.a)
         return x, self.encode(batch.x, batch.ids, self.table, basis, self.a)
 
@@ -209,11 +214,25 @@ class Compiled(Eager):
 class ByHand(Variant):
     """The best without fusion: gather, concatenate, cuBLAS, backwards written out."""
 
+    def __init__(self, boundary: Boundary, batch: Batch) -> None:
+        super().__init__(boundary, batch)
+        a, basis, dtype = boundary.projector.A.detach(), boundary.anchor.basis, boundary.dtype
+        self.table = boundary.anchor.E.detach()
+        self.down, self.basis_down = a.to(dtype), (basis @ a).to(dtype)
+        self.up = torch.cat([a.mT.to(dtype), basis.to(dtype)])
+        self.before_basis = torch.zeros(basis.size(0), a.size(1), device=a.device)
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """See `Variant`."""
         batch = self.batch
-        x = _HandDecode.apply(batch.z, batch.ids, self.boundary)
-        return x, _HandEncode.apply(batch.x, batch.ids, self.boundary)
+        x = _HandDecode.apply(batch.z, batch.ids, self)
+        return x, _HandEncode.apply(batch.x, batch.ids, self)
+
+    def once_a_step(self) -> None:
+        """See `Variant`."""
+        basis = self.boundary.anchor.basis
+        self.boundary.projector.grad.addmm_(basis.mT, self.before_basis, alpha=-1)
+        self.before_basis.zero_()
 
 
 VARIANTS: dict[str, type[Variant]] = {
