@@ -27,6 +27,13 @@ def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: A
             "attention_backend": AttnBackend.auto,
             "reset_attention_mask": False,
             "create_attention_mask_in_dataloader": True,
+            "world_size": int(processes),
+            "data_parallel_size": 1,
+            "context_parallel_size": 1,
+            "num_layers": 4,
+            "mtp_num_layers": None,
+            "pipeline_model_parallel_size": 3,
+            "pipeline_model_parallel_layout": None,
             **more,
         }
     )
@@ -48,9 +55,39 @@ def test_processes_share_gpus_over_gloo(
 def test_nccl_wants_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settle(monkeypatch, "2", 2, local_rank=1).local_rank == 1
     with pytest.raises(
-        ValueError, match=r"--distributed-backend nccl .* 1 for 4; use --distributed-backend gloo"
+        ValueError,
+        match=r"--distributed-backend nccl .* 1 for 4; use --distributed-backend gloo.*"
+        "CUDA_VISIBLE_DEVICES",
     ):
         settle(monkeypatch, "4", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_distributed_optimizer": True}, "leave --use-distributed-optimizer out"),
+        ({"use_layer_wise_distributed_optimizer": True}, "leave --use-distributed-optimizer out"),
+        ({"overlap_grad_reduce": True}, "leave --overlap-grad-reduce out"),
+        ({"overlap_param_gather": True}, "leave --overlap-param-gather out"),
+        ({"use_ring_exchange_p2p": True}, "leave --use-ring-exchange-p2p out"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2 .*use --context-parallel-size 1"),
+        ({"data_parallel_size": 4}, "4 data-parallel replicas.* start 1/4 of the 8 processes"),
+        (
+            {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Etttt|m|L"},
+            "put them into the last stage, before L",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_gloo_does_less_with_gpus(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    nccl = settle(monkeypatch, "8", 8, **change)
+    assert nccl.distributed_backend == "nccl"
+    with pytest.raises(ValueError, match=message) as raised:
+        settle(monkeypatch, "8", 8, distributed_backend="gloo", **change)
+    assert "on GPUs" in str(raised.value) and "--distributed-backend gloo" in str(raised.value)
+    assert str(raised.value).endswith("or use --distributed-backend nccl")
 
 
 def test_the_loader_builds_masks_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
