@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training import print_rank_0
+from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron.mapl import arguments, attention
 
@@ -111,11 +112,15 @@ def without_lonely_reductions(all_reduce: Callable[..., Any]) -> Callable[..., A
     """
 
     def reduce(
-        tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
+        tensor: torch.Tensor,
+        op: Any = ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
-        if group is not None and not async_op and group.size() == 1:
+        # Who is not of a group has an int in its place. PREMUL_SUM scales even what is alone.
+        alone = isinstance(group, ProcessGroup) and group.size() == 1
+        if alone and not async_op and op != ReduceOp.PREMUL_SUM:
             return None
-        op = torch.distributed.ReduceOp.SUM if op is None else op
-        return all_reduce(tensor, op, group, async_op)
+        return all_reduce(tensor, op=op, group=group, async_op=async_op)
 
     return reduce

@@ -96,6 +96,8 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         # Each transfer's work orders the streams; a wait for the whole device adds nothing.
         model_config.transformer.batch_p2p_sync = False
     if staged:
+        # Megatron's DDP reduces gradients in groups of one too, coalesced, which gloo refuses to do
+        # with tensors of a GPU; what it does not refuse goes to the host and back.
         reduce = gpu.without_lonely_reductions(torch.distributed.all_reduce)
         replace(torch.distributed, "all_reduce", reduce)
     model_config.pre_wrap_hooks.append(links.start)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import GroupMember, ProcessGroup, ReduceOp, _make_nccl_premul_sum
 
 from megatron.mapl import cpu
 
@@ -14,6 +15,8 @@ cpu.install()
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
 from megatron.mapl import gpu  # noqa: E402
+
+NOT_A_MEMBER: Any = GroupMember.NON_GROUP_MEMBER
 
 
 def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: Any) -> Any:
@@ -107,22 +110,24 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, have_te: bool, implementation
 def test_lonely_reductions() -> None:
     done: list[Any] = []
 
-    def all_reduce(tensor: Any, op: Any, group: Any, async_op: bool) -> str:
-        done.append((op, group, async_op))
+    def all_reduce(tensor: Any, **keywords: Any) -> str:
+        done.append(tuple(keywords[name] for name in ("op", "group", "async_op")))
         return "work"
 
     reduce = gpu.without_lonely_reductions(all_reduce)
     tensor = torch.ones(3)
-    alone, pair = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    alone, pair = ProcessGroup(0, 1), ProcessGroup(0, 2)
     assert reduce(tensor, group=alone) is None
+    assert reduce(tensor, ReduceOp.MAX, alone) is None
     assert done == []
-    assert reduce(tensor, group=alone, async_op=True) == "work"
-    assert reduce(tensor, torch.distributed.ReduceOp.MAX, pair) == "work"
-    assert reduce(tensor) == "work"
-    total = torch.distributed.ReduceOp.SUM
-    expected = [
-        (total, alone, True),
-        (torch.distributed.ReduceOp.MAX, pair, False),
-        (total, None, False),
+    scaled = _make_nccl_premul_sum(2.0)
+    calls = [
+        ((ReduceOp.SUM, alone, True), {"group": alone, "async_op": True}),
+        ((scaled, alone, False), {"op": scaled, "group": alone}),
+        ((ReduceOp.MAX, pair, False), {"op": ReduceOp.MAX, "group": pair}),
+        ((ReduceOp.SUM, None, False), {}),
+        ((ReduceOp.SUM, NOT_A_MEMBER, False), {"group": NOT_A_MEMBER}),
     ]
-    assert done == expected
+    for _, keywords in calls:
+        assert reduce(tensor, **keywords) == "work"
+    assert done == [passed_on for passed_on, _ in calls]
