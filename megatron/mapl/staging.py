@@ -25,6 +25,7 @@ pipeline of two stages, too, each may be ahead of the other.
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
@@ -38,6 +39,8 @@ from megatron.mapl.transport import SWITCH_SECONDS, Operation, Transport
 
 #: Who waits for a message has a timeout; the threads wait for as long as it takes.
 _FOREVER = timedelta(days=365)
+#: Seconds that a thread with nothing left to do may take to end, when time is up.
+_MOMENT = 0.1
 
 
 def needed(backend: str, *, cpu_mode: bool) -> bool:
@@ -73,19 +76,44 @@ class StagedTransport:
         self._lanes: dict[tuple[str, str], _Lane] = {}
         # One for both directions: an emulated link counts the messages of a connection.
         self._starting = _Lane("staged sends", self._start_sending)
+        self._closed = False
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
-        """See `Transport.transfer`; the caller may free what it sends once it has waited."""
+        """See `Transport.transfer`; the caller may change what it sends once it has waited.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        if self._closed:
+            raise RuntimeError("staged transfers are closed: nothing is sent or received any more")
         return [self._transfer(op) for op in operations]
 
     def close(self) -> None:
-        """Waits until all is sent and received; to be called before the process group's end."""
+        """Waits until all is sent and received; to be called before the process group's end.
+
+        Raises:
+            RuntimeError: a transfer failed, or not all is over in time.
+        """
+        if self._closed:
+            return
+        self._closed = True
         sys.setswitchinterval(self._switch_seconds)
-        self._starting.close(self._timeout)  # hands its messages on to the others
-        for lane in self._lanes.values():
-            lane.close(self._timeout)
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        self._starting.end()
+        self._starting.join(deadline)  # it hands its messages on to the others
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.end()
+        for lane in lanes:
+            lane.join(deadline)
+        lanes.append(self._starting)
+        if failures := [lane.failure for lane in lanes if lane.failure is not None]:
+            raise RuntimeError(str(failures[0])) from failures[0]
+        if late := [lane.name for lane in lanes if lane.alive]:
+            seconds = self._timeout.total_seconds()
+            raise RuntimeError(f"timed out after {seconds:g} s: {', '.join(late)} did not end")
 
     def _transfer(self, op: Operation) -> "StagedWork":
         data = op.tensor.detach()
@@ -248,6 +276,7 @@ class _Lane:
 
     def __init__(self, name: str, handle: Callable[[_Message], None]) -> None:
         self._handle = handle
+        self.failure: Exception | None = None
         self._messages: SimpleQueue[_Message | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -256,20 +285,32 @@ class _Lane:
         """Has a message handled after those before it."""
         self._messages.put(message)
 
-    def close(self, timeout: timedelta) -> None:
-        """Waits until all messages are handled, at most so long, and ends the thread."""
+    def end(self) -> None:
+        """Has the thread end after the messages before."""
         self._messages.put(None)
-        self._thread.join(timeout.total_seconds())
+
+    def join(self, deadline: float) -> None:
+        """Waits for the thread's end until `time.monotonic()` is `deadline`."""
+        self._thread.join(max(deadline - time.monotonic(), _MOMENT))
+
+    @property
+    def name(self) -> str:
+        """Of the thread."""
+        return self._thread.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
-        failure: Exception | None = None
         while (message := self._messages.get()) is not None:
             try:
-                if failure is not None:
-                    raise failure
+                if self.failure is not None:
+                    raise self.failure
                 self._handle(message)
             except Exception as error:
-                failure = error
+                self.failure = error
                 message.work.settle(error=error)
             del message  # not kept alive until the next one comes
 
