@@ -211,6 +211,9 @@ class _Message:
 class _Copies:
     """Between tensors on the CPU and other memory of the host: at once."""
 
+    def enter(self) -> None:
+        """Called by a thread before it handles the first message that uses these."""
+
     def host(self, size: int) -> Tensor:
         """Memory for a message of `size` bytes."""
         return torch.empty(size, dtype=torch.uint8)
@@ -239,6 +242,9 @@ class _DeviceCopies(_Copies):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._outward, self._inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)  # a thread starts on the first GPU, whoever starts it
 
     def host(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -304,10 +310,14 @@ class _Lane:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        copies: _Copies | None = None
         while (message := self._messages.get()) is not None:
             try:
                 if self.failure is not None:
                     raise self.failure
+                if message.copies is not copies:
+                    copies = message.copies
+                    copies.enter()
                 self._handle(message)
             except Exception as error:
                 self.failure = error

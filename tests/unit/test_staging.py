@@ -73,6 +73,26 @@ def test_sends_start_in_a_thread_and_receives_at_once(
     assert loopback.threads == ["MainThread", "staged sends"]
 
 
+def test_each_thread_goes_to_the_device_of_its_messages(
+    staged: StagedTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+    monkeypatch.setattr(
+        staging._Copies, "enter", lambda self: entered.append(threading.current_thread().name)
+    )
+    for _ in range(3):
+        operations = [receive("prev", torch.zeros(2)), send("next", torch.ones(2))]
+        for work in staged.transfer(operations):
+            work.wait()
+    assert sorted(entered) == ["staged recv prev", "staged send next", "staged sends"]
+
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    staging._DeviceCopies(torch.device("cuda:3")).enter()
+    assert devices == [torch.device("cuda:3")]
+
+
 def test_nothing_is_kept_once_it_is_over(staged: StagedTransport) -> None:
     tensor, into = torch.ones(1000), torch.zeros(1000)
     alive = [x.untyped_storage()._weak_ref() for x in (tensor, into)]
