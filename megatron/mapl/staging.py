@@ -14,10 +14,11 @@ The thread that computes starts all of it and waits for none of it:
    is on then waits for the copy, the host does not.
 
 Lifetimes: what is copied out is recorded on the copying stream, so its memory is not used again
-before; what is copied in is written behind all that its stream had been given when the receive was
-posted, so whoever had its memory before is done. Pinned memory comes from torch's caching host
-allocator: it pools blocks by size, and gives none out again while a copy of it is under way. What
-gloo reads or writes is held by the message until gloo is done.
+before; nothing else keeps it, since Megatron frees what it has sent; what is copied in is written
+behind all that its stream had been given when the receive was posted, so whoever had its memory
+before is done. Pinned memory comes from torch's caching host allocator: it pools blocks by size,
+and gives none out again while a copy of it is under way. What gloo reads or writes is held by the
+message until gloo is done.
 
 Messages of one direction keep their order. The two directions are told apart by tags, so in a
 pipeline of two stages, too, each may be ahead of the other.
@@ -81,7 +82,8 @@ class StagedTransport:
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
-        """See `Transport.transfer`; the caller may change what it sends once it has waited.
+        """See `Transport.transfer`; the caller may free what it sends at once, and change it once
+        it has waited.
 
         Raises:
             RuntimeError: after `close`.
@@ -118,14 +120,15 @@ class StagedTransport:
     def _transfer(self, op: Operation) -> "StagedWork":
         data = op.tensor.detach()
         copies = self._copies_of(data.device)
-        message = _Message(op, data, copies, self._timeout)
-        message.host = copies.host(data.nbytes)
-        staged = op._replace(tensor=message.host)
+        host = copies.host(data.nbytes)
+        staged = op._replace(tensor=host)
+        message = _Message(staged, copies, self._timeout)
         if op.kind == "send":
-            message.copied = copies.out(data, message.host)
+            message.copied = copies.out(data, host)
             message.start = lambda: self._inner.transfer([staged])[0]
             self._starting.put(message)
         else:
+            message.data = data
             message.copied = copies.now()
             message.transfer = self._inner.transfer([staged])[0]
             self._lane(op, self._finish_receiving).put(message)
@@ -154,7 +157,7 @@ class StagedTransport:
 
     def _finish_receiving(self, message: "_Message") -> None:
         message.transfer.wait(_FOREVER)
-        copied = message.copies.into(message.data, message.host, message.copied)
+        copied = message.copies.into(message.data, message.op.tensor, message.copied)
         message.work.settle(copied)
 
 
@@ -191,20 +194,20 @@ class _Message:
     """What the threads hand on to each other.
 
     Attributes:
-        data: the tensor, without its history.
-        host: its bytes, where gloo sees them.
+        op: with the bytes of the tensor, where gloo sees them, in its place.
+        data: of a receive, the tensor without its history.
         copied: of a send, when it was copied out; of a receive, when its memory was free.
         start, transfer: of the inner transport.
     """
 
-    host: Tensor
+    data: Tensor
     copied: Any
     start: Callable[[], Any]
     transfer: Any
 
-    def __init__(self, op: Operation, data: Tensor, copies: "_Copies", timeout: timedelta) -> None:
+    def __init__(self, op: Operation, copies: "_Copies", timeout: timedelta) -> None:
         does = "receive" if op.kind == "send" else "send"
-        self.op, self.data, self.copies = op, data, copies
+        self.op, self.copies = op, copies
         self.work = StagedWork(f"rank {op.peer} does not {does}", copies, timeout)
 
 

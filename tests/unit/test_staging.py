@@ -107,6 +107,21 @@ def test_nothing_is_kept_once_it_is_over(staged: StagedTransport) -> None:
         torch.UntypedStorage._free_weak_ref(ref)
 
 
+def test_what_is_sent_may_be_freed_at_once(staged: StagedTransport, loopback: Loopback) -> None:
+    """Megatron frees a stage's output when its send has been started."""
+    loopback.may_send.clear()
+    tensor, into = torch.ones(1000), torch.zeros(1000)
+    alive = tensor.untyped_storage()._weak_ref()
+    sending, receiving = staged.transfer([send("next", tensor), receive("prev", into)])
+    tensor.data = torch.empty(1)
+    assert torch.UntypedStorage._expired(alive)
+    torch.UntypedStorage._free_weak_ref(alive)
+    loopback.may_send.set()
+    sending.wait()
+    receiving.wait()
+    assert into.eq(1).all()
+
+
 def test_a_failure_fails_what_comes_later_too(staged: StagedTransport, loopback: Loopback) -> None:
     loopback.failure = RuntimeError("Connection closed by peer [127.0.0.1]:1")
     works = staged.transfer([send("next", torch.ones(1)), send("next", torch.ones(1))])
