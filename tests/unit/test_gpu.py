@@ -14,7 +14,7 @@ cpu.install()
 
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
-from megatron.mapl import gpu  # noqa: E402
+from megatron.mapl import gpu, pretraining  # noqa: E402
 
 NOT_A_MEMBER: Any = GroupMember.NON_GROUP_MEMBER
 
@@ -131,3 +131,22 @@ def test_lonely_reductions() -> None:
     for _, keywords in calls:
         assert reduce(tensor, **keywords) == "work"
     assert done == [passed_on for passed_on, _ in calls]
+
+
+@pytest.mark.parametrize(
+    ("staged", "cpu_mode", "expected"),
+    [
+        (True, False, ["close", "leave"]),
+        (False, True, ["close", "leave"]),
+        (False, False, ["close"]),
+    ],
+)
+def test_over_gloo_processes_leave_together(
+    monkeypatch: pytest.MonkeyPatch, staged: bool, cpu_mode: bool, expected: list[str]
+) -> None:
+    """Without asking a process group, which may have ended."""
+    called: list[str] = []
+    monkeypatch.setattr(pretraining, "leave_together", lambda: called.append("leave"))
+    links: Any = SimpleNamespace(staged=staged, close=lambda: called.append("close"))
+    pretraining._finish(None, links, cpu_mode)
+    assert called == expected
