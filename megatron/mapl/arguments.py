@@ -144,7 +144,7 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             f"--ckpt-format {args.ckpt_format} cannot be used with --mapl-rank; use --ckpt-format "
             "torch_dist"
         )
-    if _mtp_before_last_stage(args):
+    if mtp_before_last_stage(args):
         raise ValueError(
             f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} cannot be "
             "used with --mapl-rank: its prediction layers (m) send several tensors over one "
@@ -198,7 +198,7 @@ def _check_receive_ahead(depth: int, args: Any) -> None:
         )
 
 
-def _mtp_before_last_stage(args: Any) -> bool:
+def mtp_before_last_stage(args: Any) -> bool:
     """Whether the layout puts multi-token prediction into another process than the loss."""
     if args.pipeline_model_parallel_layout is None or not args.mtp_num_layers:
         return False

@@ -254,10 +254,3 @@ def check_arguments(args: Any) -> None:
                 f"{flag} {value} needs a GPU and this machine has none; "
                 f"use {flag} {works} (the default here) or run on a GPU"
             )
-
-
-def shut_down() -> None:
-    """Ends the process group in step: gloo aborts the peers of a process that leaves early."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

@@ -59,7 +59,7 @@ from megatron.mapl.p2p_communication import MaplP2PCommunicator, receiving_ahead
 from megatron.mapl.patching import replace
 from megatron.mapl.runtime import MaplRuntime
 from megatron.mapl.staging import Gloo, StagedTransport
-from megatron.mapl.transfers import PeerError, lost_peer
+from megatron.mapl.transfers import PeerError, leave_together, lost_peer
 from megatron.mapl.transport import MegatronTransfers, Transport
 
 
@@ -96,6 +96,8 @@ def run(*, program_start: float, cpu_mode: bool) -> None:
         # Each transfer's work orders the streams; a wait for the whole device adds nothing.
         model_config.transformer.batch_p2p_sync = False
     if staged:
+        # Megatron's DDP reduces gradients in groups of one too, coalesced, which gloo refuses to do
+        # with tensors of a GPU; what it does not refuse goes to the host and back.
         reduce = gpu.without_lonely_reductions(torch.distributed.all_reduce)
         replace(torch.distributed, "all_reduce", reduce)
     model_config.pre_wrap_hooks.append(links.start)
@@ -132,21 +134,23 @@ def _finish(runtime: MaplRuntime | None, links: "_Links", cpu_mode: bool) -> Non
     if runtime is not None:
         metrics.write_traffic(runtime)
     links.close()
-    if staging.needed(torch.distributed.get_backend(), cpu_mode=cpu_mode) or cpu_mode:
-        cpu.shut_down()
+    if cpu_mode or links.staged:
+        leave_together()
 
 
 class _Links:
     """What carries tensors between stages, from the time on when there are process groups.
 
-    Nothing of it in CPU mode, and with NCCL, unless links are emulated: then `torch.distributed`
-    does.
+    With NCCL `torch.distributed` does by itself, and in CPU mode unless links are emulated.
+
+    Attributes:
+        staged: whether tensors of GPUs go through the host.
     """
 
     def __init__(
         self, config: EmulationConfig, runtime: MaplRuntime | None, args: Any, *, staged: bool
     ) -> None:
-        self._config, self._runtime, self._staged = config, runtime, staged
+        self._config, self._runtime, self.staged = config, runtime, staged
         self._timeout = timedelta(minutes=args.distributed_timeout_minutes)
         self._closing = ExitStack()
 
@@ -164,7 +168,7 @@ class _Links:
                 timeout=self._timeout,
             )
             self._closing.callback(emulation.close)
-        if self._staged and stages > 1:
+        if self.staged and stages > 1:
             transport = staged = StagedTransport(transport or Gloo(), self._timeout)
             self._closing.callback(staged.close)  # before the links that it sends over
         if transport is not None:
@@ -177,7 +181,7 @@ class _Links:
         """Waits until all is sent and received; to be called before the process group's end.
 
         Raises:
-            RuntimeError: a send over an emulated link failed.
+            RuntimeError: a transfer failed, or not all is over in time.
         """
         self._closing.close()
 

@@ -14,10 +14,11 @@ The thread that computes starts all of it and waits for none of it:
    is on then waits for the copy, the host does not.
 
 Lifetimes: what is copied out is recorded on the copying stream, so its memory is not used again
-before; what is copied in is written behind all that its stream had been given when the receive was
-posted, so whoever had its memory before is done. Pinned memory comes from torch's caching host
-allocator: it pools blocks by size, and gives none out again while a copy of it is under way. What
-gloo reads or writes is held by the message until gloo is done.
+before; nothing else keeps it, since Megatron frees what it has sent; what is copied in is written
+behind all that its stream had been given when the receive was posted, so whoever had its memory
+before is done. Pinned memory comes from torch's caching host allocator: it pools blocks by size,
+and gives none out again while a copy of it is under way. What gloo reads or writes is held by the
+message until gloo is done.
 
 Messages of one direction keep their order. The two directions are told apart by tags, so in a
 pipeline of two stages, too, each may be ahead of the other.
@@ -25,6 +26,7 @@ pipeline of two stages, too, each may be ahead of the other.
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
@@ -38,6 +40,8 @@ from megatron.mapl.transport import SWITCH_SECONDS, Operation, Transport
 
 #: Who waits for a message has a timeout; the threads wait for as long as it takes.
 _FOREVER = timedelta(days=365)
+#: Seconds that a thread with nothing left to do may take to end, when time is up.
+_MOMENT = 0.1
 
 
 def needed(backend: str, *, cpu_mode: bool) -> bool:
@@ -73,31 +77,58 @@ class StagedTransport:
         self._lanes: dict[tuple[str, str], _Lane] = {}
         # One for both directions: an emulated link counts the messages of a connection.
         self._starting = _Lane("staged sends", self._start_sending)
+        self._closed = False
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
-        """See `Transport.transfer`; the caller may free what it sends once it has waited."""
+        """See `Transport.transfer`; the caller may free what it sends at once, and change it once
+        it has waited.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        if self._closed:
+            raise RuntimeError("staged transfers are closed: nothing is sent or received any more")
         return [self._transfer(op) for op in operations]
 
     def close(self) -> None:
-        """Waits until all is sent and received; to be called before the process group's end."""
+        """Waits until all is sent and received; to be called before the process group's end.
+
+        Raises:
+            RuntimeError: a transfer failed, or not all is over in time.
+        """
+        if self._closed:
+            return
+        self._closed = True
         sys.setswitchinterval(self._switch_seconds)
-        self._starting.close(self._timeout)  # hands its messages on to the others
-        for lane in self._lanes.values():
-            lane.close(self._timeout)
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        self._starting.end()
+        self._starting.join(deadline)  # it hands its messages on to the others
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.end()
+        for lane in lanes:
+            lane.join(deadline)
+        lanes.append(self._starting)
+        if failures := [lane.failure for lane in lanes if lane.failure is not None]:
+            raise RuntimeError(str(failures[0])) from failures[0]
+        if late := [lane.name for lane in lanes if lane.alive]:
+            seconds = self._timeout.total_seconds()
+            raise RuntimeError(f"timed out after {seconds:g} s: {', '.join(late)} did not end")
 
     def _transfer(self, op: Operation) -> "StagedWork":
         data = op.tensor.detach()
         copies = self._copies_of(data.device)
-        message = _Message(op, data, copies, self._timeout)
-        message.host = copies.host(data.nbytes)
-        staged = op._replace(tensor=message.host)
+        host = copies.host(data.nbytes)
+        staged = op._replace(tensor=host)
+        message = _Message(staged, copies, self._timeout)
         if op.kind == "send":
-            message.copied = copies.out(data, message.host)
+            message.copied = copies.out(data, host)
             message.start = lambda: self._inner.transfer([staged])[0]
             self._starting.put(message)
         else:
+            message.data = data
             message.copied = copies.now()
             message.transfer = self._inner.transfer([staged])[0]
             self._lane(op, self._finish_receiving).put(message)
@@ -126,7 +157,7 @@ class StagedTransport:
 
     def _finish_receiving(self, message: "_Message") -> None:
         message.transfer.wait(_FOREVER)
-        copied = message.copies.into(message.data, message.host, message.copied)
+        copied = message.copies.into(message.data, message.op.tensor, message.copied)
         message.work.settle(copied)
 
 
@@ -163,25 +194,28 @@ class _Message:
     """What the threads hand on to each other.
 
     Attributes:
-        data: the tensor, without its history.
-        host: its bytes, where gloo sees them.
+        op: with the bytes of the tensor, where gloo sees them, in its place.
+        data: of a receive, the tensor without its history.
         copied: of a send, when it was copied out; of a receive, when its memory was free.
         start, transfer: of the inner transport.
     """
 
-    host: Tensor
+    data: Tensor
     copied: Any
     start: Callable[[], Any]
     transfer: Any
 
-    def __init__(self, op: Operation, data: Tensor, copies: "_Copies", timeout: timedelta) -> None:
+    def __init__(self, op: Operation, copies: "_Copies", timeout: timedelta) -> None:
         does = "receive" if op.kind == "send" else "send"
-        self.op, self.data, self.copies = op, data, copies
+        self.op, self.copies = op, copies
         self.work = StagedWork(f"rank {op.peer} does not {does}", copies, timeout)
 
 
 class _Copies:
     """Between tensors on the CPU and other memory of the host: at once."""
+
+    def enter(self) -> None:
+        """Called by a thread before it handles the first message that uses these."""
 
     def host(self, size: int) -> Tensor:
         """Memory for a message of `size` bytes."""
@@ -211,6 +245,9 @@ class _DeviceCopies(_Copies):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._outward, self._inward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)  # a thread starts on the first GPU, whoever starts it
 
     def host(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -248,6 +285,7 @@ class _Lane:
 
     def __init__(self, name: str, handle: Callable[[_Message], None]) -> None:
         self._handle = handle
+        self.failure: Exception | None = None
         self._messages: SimpleQueue[_Message | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -256,20 +294,36 @@ class _Lane:
         """Has a message handled after those before it."""
         self._messages.put(message)
 
-    def close(self, timeout: timedelta) -> None:
-        """Waits until all messages are handled, at most so long, and ends the thread."""
+    def end(self) -> None:
+        """Has the thread end after the messages before."""
         self._messages.put(None)
-        self._thread.join(timeout.total_seconds())
+
+    def join(self, deadline: float) -> None:
+        """Waits for the thread's end until `time.monotonic()` is `deadline`."""
+        self._thread.join(max(deadline - time.monotonic(), _MOMENT))
+
+    @property
+    def name(self) -> str:
+        """Of the thread."""
+        return self._thread.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
-        failure: Exception | None = None
+        copies: _Copies | None = None
         while (message := self._messages.get()) is not None:
             try:
-                if failure is not None:
-                    raise failure
+                if self.failure is not None:
+                    raise self.failure
+                if message.copies is not copies:
+                    copies = message.copies
+                    copies.enter()
                 self._handle(message)
             except Exception as error:
-                failure = error
+                self.failure = error
                 message.work.settle(error=error)
             del message  # not kept alive until the next one comes
 

@@ -67,6 +67,13 @@ def wait(work: Any, what: str, timeout: timedelta | None = None) -> None:
         raise PeerError(f"{what}: {lost}") from error
 
 
+def leave_together() -> None:
+    """Ends the process group in step: gloo aborts the peers of a process that leaves early."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 class InFlight:
     """The transfers of one call of Megatron's schedule without virtual stages.
 

@@ -29,6 +29,7 @@ def run() -> None:
 
     from megatron.mapl import cpu, upstream
     from megatron.mapl.gpt import get_embedding_ranks
+    from megatron.mapl.transfers import leave_together
 
     cpu.patch_megatron()
     upstream.install()
@@ -80,4 +81,4 @@ def run() -> None:
         forward_step,
         get_embedding_ranks=get_embedding_ranks,
     )
-    cpu.shut_down()
+    leave_together()

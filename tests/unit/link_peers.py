@@ -26,6 +26,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from megatron.core.pipeline_parallel import p2p_communication  # noqa: E402
 
 from megatron.mapl.emulation import LinkEmulation  # noqa: E402
+from megatron.mapl.transfers import leave_together  # noqa: E402
 from megatron.mapl.transport import Operation, transfer  # noqa: E402
 
 SIZES = [1, 7, 4096, 128 * 1024 + 1, 300_001]
@@ -263,7 +264,7 @@ def process(rank: int, scenario: Callable[[int], None], folder: Path) -> None:
     try:
         dist.init_process_group("gloo", rendezvous, rank=rank, world_size=world)
         scenario(rank)
-        cpu.shut_down()
+        leave_together()
     except BaseException:
         (folder / f"{scenario.__name__}.failed.{rank}").write_text(traceback.format_exc())
         raise

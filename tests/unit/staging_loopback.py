@@ -25,6 +25,8 @@ class Loopback:
         self.queues: dict[str, Queue[torch.Tensor]] = {"next": Queue(), "prev": Queue()}
         self.threads: list[str] = []
         self.failure: Exception | None = None
+        self.may_send = threading.Event()
+        self.may_send.set()
 
     def transfer(self, operations: Sequence[Operation]) -> list[Any]:
         return [self._transfer(op) for op in operations]
@@ -32,6 +34,8 @@ class Loopback:
     def _transfer(self, op: Operation) -> Any:
         assert op.tensor.is_cpu
         self.threads.append(threading.current_thread().name)
+        if op.kind == "send":
+            assert self.may_send.wait(20)
         if self.failure is not None and op.kind == "send":
             raise self.failure
         if op.kind == "send":

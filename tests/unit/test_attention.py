@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention through torch's kernels: Megatron's numbers, outputs and gradients."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.mapl import cpu
 
 cpu.install()
 
+from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType  # noqa: E402
@@ -67,7 +69,7 @@ def results(module: Any, tensors: list[torch.Tensor], mask: Any = None) -> list[
 @pytest.fixture(autouse=True)
 def no_parallel_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron keeps the scores in a buffer of its parallel state, and generators beside it."""
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     def tensor(shape: Any, dtype: torch.dtype, name: str) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -128,17 +130,37 @@ def test_a_mask_is_heeded() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_dropout_is_for_training() -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_is_for_training(sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws from the generator of its tensor-parallel rank if heads are what is spread."""
+    forked, drawn = [], []
+    attend = TorchAttention._attend
+
+    @contextmanager
+    def fork() -> Iterator[None]:
+        forked.append(True)
+        yield
+        forked.pop()
+
+    def noting_attend(*args: Any) -> torch.Tensor:
+        drawn.append(bool(forked))
+        return attend(*args)
+
+    tracker = SimpleNamespace(fork=fork)
+    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(TorchAttention, "_attend", noting_attend)
     tensors = inputs(HEADS)
     module = build(TorchAttention, attention_dropout=0.5, sequence_parallel=False)
-    module.config.sequence_parallel = True  # the random numbers of this process, not of its rank
+    module.config.sequence_parallel = sequence_parallel  # which a group of one would refuse
     torch.manual_seed(0)
     first, second = results(module, tensors)[0], results(module, tensors)[0]
     assert not torch.equal(first, second)
+    assert drawn == [not sequence_parallel] * 2
     module.eval()
     torch.testing.assert_close(
         results(module, tensors)[0], results(build(DotProductAttention), tensors)[0]
     )
+    assert drawn[2:] == [False]
 
 
 @pytest.mark.parametrize(

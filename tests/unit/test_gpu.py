@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import GroupMember, ProcessGroup, ReduceOp, _make_nccl_premul_sum
 
 from megatron.mapl import cpu
 
@@ -13,7 +14,9 @@ cpu.install()
 
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
-from megatron.mapl import gpu  # noqa: E402
+from megatron.mapl import gpu, pretraining  # noqa: E402
+
+NOT_A_MEMBER: Any = GroupMember.NON_GROUP_MEMBER
 
 
 def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: Any) -> Any:
@@ -27,6 +30,13 @@ def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: A
             "attention_backend": AttnBackend.auto,
             "reset_attention_mask": False,
             "create_attention_mask_in_dataloader": True,
+            "world_size": int(processes),
+            "data_parallel_size": 1,
+            "context_parallel_size": 1,
+            "num_layers": 4,
+            "mtp_num_layers": None,
+            "pipeline_model_parallel_size": 3,
+            "pipeline_model_parallel_layout": None,
             **more,
         }
     )
@@ -48,9 +58,39 @@ def test_processes_share_gpus_over_gloo(
 def test_nccl_wants_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settle(monkeypatch, "2", 2, local_rank=1).local_rank == 1
     with pytest.raises(
-        ValueError, match=r"--distributed-backend nccl .* 1 for 4; use --distributed-backend gloo"
+        ValueError,
+        match=r"--distributed-backend nccl .* 1 for 4; use --distributed-backend gloo.*"
+        "CUDA_VISIBLE_DEVICES",
     ):
         settle(monkeypatch, "4", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_distributed_optimizer": True}, "leave --use-distributed-optimizer out"),
+        ({"use_layer_wise_distributed_optimizer": True}, "leave --use-distributed-optimizer out"),
+        ({"overlap_grad_reduce": True}, "leave --overlap-grad-reduce out"),
+        ({"overlap_param_gather": True}, "leave --overlap-param-gather out"),
+        ({"use_ring_exchange_p2p": True}, "leave --use-ring-exchange-p2p out"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2 .*use --context-parallel-size 1"),
+        ({"data_parallel_size": 4}, "4 data-parallel replicas.* start 1/4 of the 8 processes"),
+        (
+            {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Etttt|m|L"},
+            "put them into the last stage, before L",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_gloo_does_less_with_gpus(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    nccl = settle(monkeypatch, "8", 8, **change)
+    assert nccl.distributed_backend == "nccl"
+    with pytest.raises(ValueError, match=message) as raised:
+        settle(monkeypatch, "8", 8, distributed_backend="gloo", **change)
+    assert "on GPUs" in str(raised.value) and "--distributed-backend gloo" in str(raised.value)
+    assert str(raised.value).endswith("or use --distributed-backend nccl")
 
 
 def test_the_loader_builds_masks_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,22 +110,43 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, have_te: bool, implementation
 def test_lonely_reductions() -> None:
     done: list[Any] = []
 
-    def all_reduce(tensor: Any, op: Any, group: Any, async_op: bool) -> str:
-        done.append((op, group, async_op))
+    def all_reduce(tensor: Any, **keywords: Any) -> str:
+        done.append(tuple(keywords[name] for name in ("op", "group", "async_op")))
         return "work"
 
     reduce = gpu.without_lonely_reductions(all_reduce)
     tensor = torch.ones(3)
-    alone, pair = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    alone, pair = ProcessGroup(0, 1), ProcessGroup(0, 2)
     assert reduce(tensor, group=alone) is None
+    assert reduce(tensor, ReduceOp.MAX, alone) is None
     assert done == []
-    assert reduce(tensor, group=alone, async_op=True) == "work"
-    assert reduce(tensor, torch.distributed.ReduceOp.MAX, pair) == "work"
-    assert reduce(tensor) == "work"
-    total = torch.distributed.ReduceOp.SUM
-    expected = [
-        (total, alone, True),
-        (torch.distributed.ReduceOp.MAX, pair, False),
-        (total, None, False),
+    scaled = _make_nccl_premul_sum(2.0)
+    calls = [
+        ((ReduceOp.SUM, alone, True), {"group": alone, "async_op": True}),
+        ((scaled, alone, False), {"op": scaled, "group": alone}),
+        ((ReduceOp.MAX, pair, False), {"op": ReduceOp.MAX, "group": pair}),
+        ((ReduceOp.SUM, None, False), {}),
+        ((ReduceOp.SUM, NOT_A_MEMBER, False), {"group": NOT_A_MEMBER}),
     ]
-    assert done == expected
+    for _, keywords in calls:
+        assert reduce(tensor, **keywords) == "work"
+    assert done == [passed_on for passed_on, _ in calls]
+
+
+@pytest.mark.parametrize(
+    ("staged", "cpu_mode", "expected"),
+    [
+        (True, False, ["close", "leave"]),
+        (False, True, ["close", "leave"]),
+        (False, False, ["close"]),
+    ],
+)
+def test_over_gloo_processes_leave_together(
+    monkeypatch: pytest.MonkeyPatch, staged: bool, cpu_mode: bool, expected: list[str]
+) -> None:
+    """Without asking a process group, which may have ended."""
+    called: list[str] = []
+    monkeypatch.setattr(pretraining, "leave_together", lambda: called.append("leave"))
+    links: Any = SimpleNamespace(staged=staged, close=lambda: called.append("close"))
+    pretraining._finish(None, links, cpu_mode)
+    assert called == expected

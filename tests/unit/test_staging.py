@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Staged transfers, of tensors on the CPU: order, lifetimes, errors. On a GPU: tests/gpu."""
 
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,7 +11,7 @@ import torch
 
 from megatron.mapl import staging
 from megatron.mapl.staging import StagedTransport
-from megatron.mapl.transfers import PeerError, wait
+from megatron.mapl.transfers import PeerError, lost_peer, wait
 from staging_loopback import Loopback, receive, send
 
 
@@ -72,6 +73,26 @@ def test_sends_start_in_a_thread_and_receives_at_once(
     assert loopback.threads == ["MainThread", "staged sends"]
 
 
+def test_each_thread_goes_to_the_device_of_its_messages(
+    staged: StagedTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+    monkeypatch.setattr(
+        staging._Copies, "enter", lambda self: entered.append(threading.current_thread().name)
+    )
+    for _ in range(3):
+        operations = [receive("prev", torch.zeros(2)), send("next", torch.ones(2))]
+        for work in staged.transfer(operations):
+            work.wait()
+    assert sorted(entered) == ["staged recv prev", "staged send next", "staged sends"]
+
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    staging._DeviceCopies(torch.device("cuda:3")).enter()
+    assert devices == [torch.device("cuda:3")]
+
+
 def test_nothing_is_kept_once_it_is_over(staged: StagedTransport) -> None:
     tensor, into = torch.ones(1000), torch.zeros(1000)
     alive = [x.untyped_storage()._weak_ref() for x in (tensor, into)]
@@ -86,6 +107,21 @@ def test_nothing_is_kept_once_it_is_over(staged: StagedTransport) -> None:
         torch.UntypedStorage._free_weak_ref(ref)
 
 
+def test_what_is_sent_may_be_freed_at_once(staged: StagedTransport, loopback: Loopback) -> None:
+    """Megatron frees a stage's output when its send has been started."""
+    loopback.may_send.clear()
+    tensor, into = torch.ones(1000), torch.zeros(1000)
+    alive = tensor.untyped_storage()._weak_ref()
+    sending, receiving = staged.transfer([send("next", tensor), receive("prev", into)])
+    tensor.data = torch.empty(1)
+    assert torch.UntypedStorage._expired(alive)
+    torch.UntypedStorage._free_weak_ref(alive)
+    loopback.may_send.set()
+    sending.wait()
+    receiving.wait()
+    assert into.eq(1).all()
+
+
 def test_a_failure_fails_what_comes_later_too(staged: StagedTransport, loopback: Loopback) -> None:
     loopback.failure = RuntimeError("Connection closed by peer [127.0.0.1]:1")
     works = staged.transfer([send("next", torch.ones(1)), send("next", torch.ones(1))])
@@ -95,6 +131,55 @@ def test_a_failure_fails_what_comes_later_too(staged: StagedTransport, loopback:
     loopback.failure = None
     with pytest.raises(RuntimeError, match="closed by peer"):
         staged.transfer([send("next", torch.ones(1))])[0].wait()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        staged.close()
+
+
+def test_a_failure_that_nobody_waited_for_shows_at_the_end(
+    staged: StagedTransport, loopback: Loopback
+) -> None:
+    loopback.failure = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    staged.transfer([send("next", torch.ones(1))])
+    with pytest.raises(RuntimeError, match="closed by peer") as raised:
+        staged.close()
+    assert raised.value.__cause__ is loopback.failure
+    staged.close()
+
+
+def test_the_end_waits_for_what_is_under_way(staged: StagedTransport, loopback: Loopback) -> None:
+    loopback.may_send.clear()
+    into = torch.zeros(1)
+    staged.transfer([receive("prev", into), send("next", torch.ones(1))])
+    threading.Timer(0.05, loopback.may_send.set).start()
+    staged.close()
+    assert into.eq(1).all()
+
+
+@pytest.mark.parametrize("kind", ["send", "recv"])
+def test_what_never_ends_is_named(loopback: Loopback, kind: str) -> None:
+    staged = StagedTransport(loopback, timedelta(seconds=0.05))
+    if kind == "send":
+        loopback.may_send.clear()
+        staged.transfer([send("next", torch.ones(1))])
+        late = "staged sends"
+    else:
+        staged.transfer([receive(side, torch.zeros(1)) for side in ("prev", "next")])
+        late = "staged recv prev, staged recv next"
+    with pytest.raises(RuntimeError, match=rf"^timed out after 0.05 s: {late} did not end$") as end:
+        staged.close()
+    assert lost_peer(end.value) is not None
+    loopback.may_send.set()  # so that the threads end
+    for side in ("prev", "next"):
+        loopback.queues[side].put(torch.ones(1))
+
+
+def test_nothing_is_transferred_after_the_end(staged: StagedTransport, loopback: Loopback) -> None:
+    staged.transfer([send("next", torch.ones(1))])[0].wait()
+    staged.close()
+    for late in (send("next", torch.ones(1)), receive("prev", torch.zeros(1))):
+        with pytest.raises(RuntimeError, match="closed: nothing is sent"):
+            staged.transfer([late])
+    assert len(loopback.threads) == 1
 
 
 def test_a_silent_peer(staged: StagedTransport) -> None:

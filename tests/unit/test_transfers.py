@@ -5,12 +5,13 @@
 """
 
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 
 from megatron.mapl import exchange
-from megatron.mapl.transfers import InFlight, PeerError, lost_peer, wait
+from megatron.mapl.transfers import InFlight, PeerError, leave_together, lost_peer, wait
 
 TIMEOUT = timedelta(seconds=7)
 
@@ -106,6 +107,20 @@ def test_whose_fault_it_is() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         wait(Failing("out of memory"), "a payload")
     assert lost_peer(ValueError("timeout")) is None
+
+
+@pytest.mark.parametrize(
+    ("initialized", "expected"), [(True, ["barrier", "destroy_process_group"]), (False, [])]
+)
+def test_processes_leave_together(
+    monkeypatch: pytest.MonkeyPatch, initialized: bool, expected: list[str]
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: initialized)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, partial(called.append, name))
+    leave_together()
+    assert called == expected
 
 
 class Group:
