@@ -24,11 +24,11 @@ from torch.distributed.constants import default_pg_timeout
 
 from mapl.link import EmulatedLink, LinkClock
 from megatron.mapl.emulated_connection import EmulatedConnection
-from megatron.mapl.transport import SWITCH_SECONDS, Direction, MegatronTransfers, Operation
+from megatron.mapl.transport import SWITCH_SECONDS, Direction, Operation
 
 
 class LinkEmulation:
-    """The links over which this process sends: `start` on all processes, `install`, `close`."""
+    """The links over which this process sends, a `Transport`; all processes `start` and `close`."""
 
     def __init__(self, connections: dict[Direction, EmulatedConnection]) -> None:
         """
@@ -36,7 +36,6 @@ class LinkEmulation:
             connections: to the next and to the previous stage; one object if that is one stage.
         """
         self._connections = connections
-        self._installed: MegatronTransfers | None = None
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
@@ -79,25 +78,13 @@ class LinkEmulation:
             connections[neighbour] = EmulatedConnection(name, link, clock, groups, timeout)
         return cls({direction: connections[stage] for direction, stage in neighbours.items()})
 
-    def install(self) -> None:
-        """Has Megatron's communicators use the links, until `close`.
-
-        Raises:
-            RuntimeError: a function that is to be replaced is not there.
-        """
-        self._installed = MegatronTransfers(self)
-
     def close(self) -> None:
-        """Waits until all is sent and received, and undoes `install`.
-
-        To be called before the process group is destroyed.
+        """Waits until all is sent and received; to be called before the process group's end.
 
         Raises:
             RuntimeError: a send failed.
         """
         sys.setswitchinterval(self._switch_seconds)
-        if self._installed is not None:
-            self._installed.undo()
         connections = dict.fromkeys(self._connections.values())
         with ExitStack() as closing:  # all of them, even if one raises
             for connection in connections:

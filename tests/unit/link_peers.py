@@ -27,7 +27,7 @@ from megatron.core.pipeline_parallel import p2p_communication  # noqa: E402
 
 from megatron.mapl.emulation import LinkEmulation  # noqa: E402
 from megatron.mapl.transfers import leave_together  # noqa: E402
-from megatron.mapl.transport import Operation, transfer  # noqa: E402
+from megatron.mapl.transport import MegatronTransfers, Operation, transfer  # noqa: E402
 
 SIZES = [1, 7, 4096, 128 * 1024 + 1, 300_001]
 
@@ -115,7 +115,7 @@ def megatron(rank: int) -> None:
     names = ("_p2p_ops", "_batched_p2p_ops")
     originals = [getattr(p2p_communication, name) for name in names]
     emulation = start(rank, bandwidth=50, latency=1)
-    emulation.install()
+    transfers = MegatronTransfers(emulation)
     assert all(getattr(p2p_communication, n) != o for n, o in zip(names, originals, strict=True))
     for batched in (False, True):
         config = SimpleNamespace(
@@ -140,6 +140,7 @@ def megatron(rank: int) -> None:
             assert time.monotonic() >= handed_over[1 - rank] + seconds
             assert from_prev.eq(10.0 * number + 2 * (1 - rank)).all()
             assert from_next.eq(10.0 * number + 2 * (1 - rank) + 1).all()
+    transfers.undo()
     emulation.close()
     assert [getattr(p2p_communication, name) for name in names] == originals
 
