@@ -94,8 +94,8 @@ class Channel:
             carried = self._own(ids.flatten())
         seal(layout, self.sent, payload, carried)
         self.sent += 1
-        whole = self._layout(tokens[0] * tokens[1]).total_bytes
-        ledger.count(layout, uncompressed=uncompressed, unsplit=whole)
+        whole = layout if self.share.count == 1 else self._layout(tokens[0] * tokens[1])
+        ledger.count(layout, uncompressed=uncompressed, unsplit=whole.total_bytes)
         return payload
 
     def unpack(

@@ -80,8 +80,9 @@ def check(operands: Operands) -> None:
         error = max(float((x - exact).norm() / exact.norm()) for x, exact in pairs)
         distance = max(float(orthonormality_error(x.double())) for x in found)
         print(f"{name:<12} relative error of A {error:.1e}, max|AᵀA − I| {distance:.1e}")
-    if not (error < HIGHEST_ERROR and distance < HIGHEST_DISTANCE):
-        sys.exit("the kernels are too far from float64; nothing was timed")
+        near = error < HIGHEST_ERROR and distance < HIGHEST_DISTANCE
+        if name == "kernels" and not near:
+            sys.exit("the kernels are too far from float64; nothing was timed")
 
 
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
