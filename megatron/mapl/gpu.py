@@ -96,6 +96,16 @@ def _check_gloo(args: Any) -> None:
             f"{args.world_size} processes, raise --pipeline-model-parallel-size or "
             "--tensor-model-parallel-size, or use --distributed-backend nccl"
         )
+    spread = args.expert_tensor_parallel_size * args.expert_model_parallel_size
+    if args.num_experts and spread < args.tensor_model_parallel_size:
+        replicas = args.tensor_model_parallel_size // spread
+        raise ValueError(
+            f"--num-experts {args.num_experts} does not work on GPUs over --distributed-backend "
+            f"gloo with {replicas} replicas of each expert: {_COALESCED}; make "
+            "--expert-model-parallel-size times --expert-tensor-parallel-size "
+            f"{args.tensor_model_parallel_size}, the --tensor-model-parallel-size, or use "
+            "--distributed-backend nccl"
+        )
     if arguments.mtp_before_last_stage(args):
         raise ValueError(
             f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} does not work "

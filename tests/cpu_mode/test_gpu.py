@@ -33,6 +33,10 @@ def settle(monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int, **more: A
             "world_size": int(processes),
             "data_parallel_size": 1,
             "context_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+            "num_experts": None,
+            "expert_model_parallel_size": 1,
+            "expert_tensor_parallel_size": 1,
             "num_layers": 4,
             "mtp_num_layers": None,
             "pipeline_model_parallel_size": 3,
@@ -75,6 +79,10 @@ def test_nccl_wants_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"use_ring_exchange_p2p": True}, "leave --use-ring-exchange-p2p out"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2 .*use --context-parallel-size 1"),
         ({"data_parallel_size": 4}, "4 data-parallel replicas.* start 1/4 of the 8 processes"),
+        (
+            {"num_experts": 4, "tensor_model_parallel_size": 4, "expert_model_parallel_size": 2},
+            "2 replicas of each expert.* 4, the --tensor-model-parallel-size",
+        ),
         (
             {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Etttt|m|L"},
             "put them into the last stage, before L",
