@@ -123,8 +123,8 @@ def floating_point_operations(hidden: int, rank: int) -> tuple[float, float]:
     """Of one boundary's step: in plain torch, and as the kernels do it."""
     tall, square = 2.0 * hidden * rank**2, 2.0 * rank**3
     plain = 36 * tall + 16 * square
-    # Three Gram matrices by half; square products: 4 k − 3 for k = 3 and 5 steps, 7 for the series.
-    batched = 5 * tall + 3 * tall * (rank + 1) / (2 * rank) + (9 + 17 + 7) * square
+    # Three Gram matrices by half; square products: 4 k − 3 for k = 3 and 5 steps, 5 for the series.
+    batched = 5 * tall + 3 * tall * (rank + 1) / (2 * rank) + (9 + 17 + 5) * square
     return plain, batched
 
 

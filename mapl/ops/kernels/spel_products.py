@@ -6,9 +6,12 @@ one projector, with tiles and an order of summation that depend on d and r alone
 result is the same, bit for bit, whatever else is in the batch, which cuBLAS does not promise. Only
 maxima, which heed no order, are formed by atomics.
 
-fp32 operands are split into three bf16 parts each, and the six products of parts that reach fp32's
-last bit go through the tensor cores ("bf16x6"). Tensor cores truncate as they sum, so only a block
-of `DEPTH` is summed there, from zero; blocks are added in fp32, rounded to nearest.
+fp32 operands are split into three bf16 parts each, whose sum they are exactly, and the six products
+of parts that reach fp32's last bit go through the tensor cores ("bf16x6"). Tensor cores truncate as
+they sum, so only a block of `DEPTH` is summed there, from zero; blocks are added in fp32, rounded
+to nearest. Square matrices lie in memory as their parts, [B, 3, r, r] bf16, for each is an operand
+many times: parts go to the tensor cores as they are loaded, where fp32 numbers would be split in
+registers and written to shared memory by each program anew.
 
 Tall matrices of separate projectors lie in separate allocations: such an operand is a pointer to
 the first and a table of offsets from it, in elements.
@@ -53,6 +56,49 @@ def _load(pointer, rows, columns, height, width):
 def _store(pointer, values, rows, columns, height, width):
     inside = (rows[:, None] < height) & (columns[None, :] < width)
     tl.store(pointer + rows[:, None] * width + columns[None, :], values, mask=inside)
+
+
+@triton.jit
+def _parts(x):
+    """The three bf16 parts of fp32 numbers, the largest first; their sum is exact."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _load_parts(pointer, rows, columns, R: tl.constexpr):
+    """A tile of a square matrix: its three parts."""
+    high = _load(pointer, rows, columns, R, R)
+    middle = _load(pointer + R * R, rows, columns, R, R)
+    return high, middle, _load(pointer + 2 * R * R, rows, columns, R, R)
+
+
+@triton.jit
+def _load_square(pointer, rows, columns, R: tl.constexpr):
+    """A tile of a square matrix in fp32."""
+    high, middle, low = _load_parts(pointer, rows, columns, R)
+    return (high.to(tl.float32) + middle.to(tl.float32)) + low.to(tl.float32)
+
+
+@triton.jit
+def _store_square(pointer, values, rows, columns, R: tl.constexpr):
+    high, middle, low = _parts(values)
+    _store(pointer, high, rows, columns, R, R)
+    _store(pointer + R * R, middle, rows, columns, R, R)
+    _store(pointer + 2 * R * R, low, rows, columns, R, R)
+
+
+@triton.jit
+def _product(x_high, x_middle, x_low, y_high, y_middle, y_low):
+    """XY of matrices given by their parts, the smallest products first."""
+    total = tl.dot(x_low, y_high)
+    total = tl.dot(x_high, y_low, total)
+    total = tl.dot(x_middle, y_middle, total)
+    total = tl.dot(x_middle, y_high, total)
+    total = tl.dot(x_high, y_middle, total)
+    return tl.dot(x_high, y_high, total)
 
 
 @triton.jit
@@ -137,7 +183,7 @@ def sum_kernel(
     WIDTH: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """out[b] = G = Σ_s parts[b, s] in the order of s, exactly symmetric, [B, r, r].
+    """out[b] = G = Σ_s parts[b, s] in the order of s, exactly symmetric, a square matrix.
 
     By MODE: the symmetric part of a G of which all tiles are given; else the lower triangle
     mirrored, divided by its trace, with norm[b] = 1/√trace (NORMALISED), as it is (PLAIN), or
@@ -176,10 +222,10 @@ def sum_kernel(
         on_diagonal = (rows[:, None] == columns[None, :]) & (rows[:, None] < R)
         gram = tl.where(on_diagonal, 1.0, 0.0) - gram
         tl.atomic_max(distance_ptr + b, _bits_of_largest(gram))
-    out = out_ptr + b * R * R
-    _store(out, gram, rows, columns, R, R)
+    out = out_ptr + b * 3 * R * R
+    _store_square(out, gram, rows, columns, R)
     if i != j:
-        _store(out, tl.trans(gram), columns, rows, R, R)
+        _store_square(out, tl.trans(gram), columns, rows, R)
 
 
 # The size of the batch selects no other code, and so no other rounding.
@@ -188,47 +234,56 @@ def square_kernel(
     left_ptr,
     other_left_ptr,
     right_ptr,
+    added_ptr,
+    other_added_ptr,
     out_ptr,
     other_out_ptr,
     batch,
     one,
     linear,
     quadratic,
+    other_one,
+    other_linear,
+    other_quadratic,
     R: tl.constexpr,
     SQUARE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out[b] = one·I + linear·L + quadratic·LR, all [B, r, r], and the same for the other L.
+    """out[b] = one·I + linear·D + quadratic·LR, all square matrices; the same for the others.
 
-    Grid: column tiles, row tiles, B, or 2 B where there is another left factor.
+    Grid: column tiles, row tiles, B, or 2 B where there is another L, D and out.
     """
     b = tl.program_id(2)
-    if b < batch:
-        left, out = left_ptr + b * R * R, out_ptr + b * R * R
-    else:
+    left, added, out = left_ptr, added_ptr, out_ptr
+    if b >= batch:
         b -= batch
-        left, out = other_left_ptr + b * R * R, other_out_ptr + b * R * R
-    right = right_ptr + b * R * R
+        left, added, out = other_left_ptr, other_added_ptr, other_out_ptr
+        one, linear, quadratic = other_one, other_linear, other_quadratic
+    at = b * 3 * R * R
     rows = tl.program_id(1) * SQUARE + tl.arange(0, SQUARE)
     columns = tl.program_id(0) * SQUARE + tl.arange(0, SQUARE)
     total = tl.zeros((SQUARE, SQUARE), tl.float32)
     for k in range(0, R, DEPTH):
         depth = k + tl.arange(0, DEPTH)
-        x, y = _load(left, rows, depth, R, R), _load(right, depth, columns, R, R)
-        total += tl.dot(x, y, input_precision=_PRECISION)
+        x_high, x_middle, x_low = _load_parts(left + at, rows, depth, R)
+        y_high, y_middle, y_low = _load_parts(right_ptr + at, depth, columns, R)
+        total += _product(x_high, x_middle, x_low, y_high, y_middle, y_low)
     identity = tl.where(rows[:, None] == columns[None, :], one, 0.0)
-    linear_term = linear * _load(left, rows, columns, R, R)
-    _store(out, identity + linear_term + quadratic * total, rows, columns, R, R)
+    linear_term = linear * _load_square(added + at, rows, columns, R)
+    _store_square(out + at, identity + linear_term + quadratic * total, rows, columns, R)
 
 
 @triton.jit
-def _tall_product(x, q, rows, columns, d, R: tl.constexpr, TALL: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile of XQ: X [d, r], Q [r, r]."""
+def _tall_product(
+    x, scale, q, rows, columns, d, R: tl.constexpr, TALL: tl.constexpr, DEPTH: tl.constexpr
+):
+    """A tile of (scale·X)Q: X [d, r], Q a square matrix."""
     total = tl.zeros((TALL, TALL), tl.float32)
     for k in range(0, R, DEPTH):
         depth = k + tl.arange(0, DEPTH)
-        part, factor = _load(x, rows, depth, d, R), _load(q, depth, columns, R, R)
-        total += tl.dot(part, factor, input_precision=_PRECISION)
+        x_high, x_middle, x_low = _parts(_load(x, rows, depth, d, R) * scale)
+        y_high, y_middle, y_low = _load_parts(q, depth, columns, R)
+        total += _product(x_high, x_middle, x_low, y_high, y_middle, y_low)
     return total
 
 
@@ -263,7 +318,8 @@ def momentum_kernel(
     """
     rows, columns, b = _tall_tile(TALL)
     a = _matrix(a_ptr, a_offsets, b)
-    product = _tall_product(a, symmetric_ptr + b * R * R, rows, columns, d, R, TALL, DEPTH)
+    symmetric = symmetric_ptr + b * 3 * R * R
+    product = _tall_product(a, 1.0, symmetric, rows, columns, d, R, TALL, DEPTH)
     grad = _load(_matrix(grad_ptr, grad_offsets, b), rows, columns, d, R)
     momentum = _load(_matrix(momentum_ptr, momentum_offsets, b), rows, columns, d, R)
     momentum = keep * momentum + take * (grad - product)
@@ -287,12 +343,8 @@ def apply_kernel(
     rows, columns, b = _tall_tile(TALL)
     at = b.to(tl.int64) * d * R
     scale = _power_of_two(largest_ptr, b)
-    q = q_ptr + b * R * R
-    total = tl.zeros((TALL, TALL), tl.float32)
-    for k in range(0, R, DEPTH):
-        depth = k + tl.arange(0, DEPTH)
-        part = _load(x_ptr + at, rows, depth, d, R) * scale
-        total += tl.dot(part, _load(q, depth, columns, R, R), input_precision=_PRECISION)
+    q = q_ptr + b * 3 * R * R
+    total = _tall_product(x_ptr + at, scale, q, rows, columns, d, R, TALL, DEPTH)
     _store(out_ptr + at, total * tl.load(norm_ptr + b), rows, columns, d, R)
 
 
@@ -312,7 +364,8 @@ def descend_kernel(
     """out = A − α XQ, [B, d, r]."""
     rows, columns, b = _tall_tile(TALL)
     at = b.to(tl.int64) * d * R
-    product = _tall_product(x_ptr + at, q_ptr + b * R * R, rows, columns, d, R, TALL, DEPTH)
+    q = q_ptr + b * 3 * R * R
+    product = _tall_product(x_ptr + at, 1.0, q, rows, columns, d, R, TALL, DEPTH)
     a = _load(_matrix(a_ptr, a_offsets, b), rows, columns, d, R)
     _store(out_ptr + at, a - tl.load(lr_ptr) * product, rows, columns, d, R)
 
@@ -349,8 +402,8 @@ def commit_kernel(
     ok = finite & (lr >= 0) & (lr <= highest_lr) & (distance <= furthest)
     tl.store(ok_ptr + b, ok, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     if ok:
-        correction = correction_ptr + b * R * R
-        product = _tall_product(y_ptr + at, correction, rows, columns, d, R, TALL, DEPTH)
+        correction = correction_ptr + b * 3 * R * R
+        product = _tall_product(y_ptr + at, 1.0, correction, rows, columns, d, R, TALL, DEPTH)
         a = _load(y_ptr + at, rows, columns, d, R) + product
         _store(_matrix(a_ptr, a_offsets, b), a, rows, columns, d, R)
         momentum = _load(new_momentum_ptr + at, rows, columns, d, R)
@@ -361,6 +414,11 @@ def _specialisation(kernel: Any, rank: int, **constants: int | bool) -> Speciali
     """What a launch for matrices of `rank`, whole multiples of 16, asks for."""
     constants["R"] = rank
     types = {"d": "i32", "batch": "i32", "ok_ptr": "*i1"}
+    if kernel is square_kernel:
+        types |= {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    elif kernel is sum_kernel:
+        types["out_ptr"] = "*bf16"
+    types |= dict.fromkeys(("symmetric_ptr", "q_ptr", "correction_ptr"), "*bf16")
     types |= dict.fromkeys(("largest_ptr", "distance_ptr"), "*i32")
     names = [name for name in kernel.arg_names if name not in constants]
     for name in names:
