@@ -39,6 +39,7 @@ class Coordinates:
         self.ids = ids.flatten().long()
         self._order = TokenOrder(self.ids)
         self._used = False
+        self._waiting: Tensor | None = None  # the dC of another use, which comes with the last
         if table.requires_grad and torch.is_grad_enabled():
             self._order.start()
 
@@ -84,14 +85,19 @@ class Coordinates:
             last: whether no other use of these coordinates comes later in this backward pass.
 
         Returns:
-            The dense gradient [V, k]. If it was added to `main_grad` instead, a tensor without
-            meaning the last time, since whoever owns the buffer waits for one, and None before.
+            The dense gradient [V, k]. If it goes to `main_grad` instead, None until the last time.
+            Then the gradients of two uses are added in one pass, and a tensor without meaning
+            comes back, since whoever owns the buffer waits for one.
         """
         if not adds:
             gradient = torch.zeros_like(table)
             scatter_add(gradient, self._order, dc)
             return gradient
-        scatter_add(self.table.main_grad, self._order, dc)  # type: ignore[attr-defined]
+        waiting, self._waiting = self._waiting, None
+        if waiting is None and not last:
+            self._waiting = dc
+            return None
+        scatter_add(self.table.main_grad, self._order, dc, waiting)  # type: ignore[attr-defined]
         self.table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return _meaningless(table.shape, table.dtype, table.device) if last else None
 

@@ -61,8 +61,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @torch.no_grad()
-def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] for each i, in fp32; as kernels and on a CPU deterministically.
+def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor, more: Tensor | None = None) -> None:
+    """total[ids[i]] += rows[i] + more[i] for each i, in fp32.
+
+    As kernels and on a CPU deterministic.
 
     Kernels sum in an order that all ids of the micro-batch decide. A number that is not finite may
     spread to the rows of other ids of the micro-batch.
@@ -71,17 +73,24 @@ def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor) -> None:
         total: [V, k], contiguous, changed in place. A narrower dtype is rounded once a row.
         order: of the ids, n of them, all in 0 … V − 1; not checked.
         rows: [n, k].
+        more: [n, k], or None for zeros. Both at once cost little more than one: most of the time
+            goes into the rows of `total`.
     """
     if use_triton(rows):
         from mapl.ops.kernels.scatter import scatter_add as kernel
 
-        kernel(total, *order.ascending, row_contiguous(rows))
+        more = None if more is None else row_contiguous(more)
+        kernel(total, *order.ascending, row_contiguous(rows), more)
     else:
-        reference_scatter_add(total, order.ids, rows)
+        reference_scatter_add(total, order.ids, rows, more)
 
 
-def reference_scatter_add(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+def reference_scatter_add(
+    total: Tensor, ids: Tensor, rows: Tensor, more: Tensor | None = None
+) -> None:
     """The same in plain torch; deterministic on a CPU alone."""
+    if more is not None:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) + more
     if total.dtype == torch.promote_types(total.dtype, torch.float32):
         total.index_add_(0, ids.long(), rows.to(total.dtype))
         return

@@ -46,12 +46,15 @@ def test_sums_are_those_of_float64(case, k, dtype, device):
     ids = IDS[case] if case in IDS else common_and_rare(500)
     ids = ids[torch.randperm(len(ids))].to(device)
     rows = torch.randn(len(ids), k + 5, device=device).to(dtype)[:, :k]
+    more = torch.randn(len(ids), k, device=device).to(dtype) if k > 1 else None
     total = torch.randn(V, k, device=device)
     exact = total.double().index_add_(0, ids, rows.double())
+    if more is not None:
+        exact.index_add_(0, ids, more.double())
     untouched = torch.ones(V, dtype=torch.bool).index_fill_(0, ids.cpu(), False)
     before, reference = total.clone(), total.clone()
-    reference_scatter_add(reference, ids, rows)
-    scatter_add(total, TokenOrder(ids), rows)
+    reference_scatter_add(reference, ids, rows, more)
+    scatter_add(total, TokenOrder(ids), rows, more)
     torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(reference.double(), exact, rtol=1e-5, atol=1e-4)
     assert torch.equal(total[untouched], before[untouched])

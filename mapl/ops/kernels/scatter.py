@@ -48,18 +48,20 @@ def scatter_add_kernel(
     ids,
     places,
     rows,
+    more,
     first_parts,
     last_parts,
     n,
     k,
     row_stride,
+    more_stride,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Adds the runs that lie inside a chunk; keeps the parts of the others.
 
-    ids [n] ascending, places [n], rows [n, k], total [V, k]; first_parts and last_parts
-    [chunks, k] fp32.
+    ids [n] ascending, places [n], rows and more [n, k] (more may be None), total [V, k];
+    first_parts and last_parts [chunks, k] fp32.
     """
     chunk = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -73,6 +75,9 @@ def scatter_add_kernel(
     # Products of finite numbers with 0 and 1 are exact, so this only adds.
     member = number[:, None] == run[None, :]
     sums = tl.dot(member.to(tl.float32).to(values.dtype), values, input_precision="ieee")
+    if more is not None:
+        values = tl.load(more + row[:, None] * more_stride + columns[None, :], mask=mask, other=0.0)
+        sums += tl.dot(member.to(tl.float32).to(values.dtype), values, input_precision="ieee")
 
     id_of_run = tl.max(tl.where(member, these[None, :], -1), 1).to(tl.int64)
     is_part = ((number == 0) & from_before) | ((number == last_run) & to_next)
@@ -114,7 +119,9 @@ def add_parts_kernel(
         tl.store(target, (old + value).to(total.dtype.element_ty), mask=wanted)
 
 
-def scatter_add(total: Tensor, ids: Tensor, places: Tensor, rows: Tensor) -> None:
+def scatter_add(
+    total: Tensor, ids: Tensor, places: Tensor, rows: Tensor, more: Tensor | None
+) -> None:
     """See `mapl.ops.scatter.scatter_add`; ids ascending, places where each stood."""
     n, k = rows.shape
     chunks = triton.cdiv(n, _CHUNK)
@@ -122,17 +129,22 @@ def scatter_add(total: Tensor, ids: Tensor, places: Tensor, rows: Tensor) -> Non
     parts = torch.empty(2, chunks, k, dtype=torch.float32, device=rows.device)
     grid = (chunks, triton.cdiv(k, columns))
     sizes = {"CHUNK": _CHUNK, "COLUMNS": columns, "num_warps": 4}
+    more_stride = 0 if more is None else more.stride(0)
     scatter_add_kernel[grid](
-        total, ids, places, rows, parts[0], parts[1], n, k, rows.stride(0), **sizes
-    )
+        total, ids, places, rows, more, parts[0], parts[1], n, k, rows.stride(0), more_stride,
+        **sizes,
+    )  # fmt: skip
     add_parts_kernel[grid](total, ids, parts[0], parts[1], n, k, **sizes)
 
 
 _PARTS = {"first_parts": "*fp32", "last_parts": "*fp32", "n": "i32", "k": "i32"}
 _ADD = {"total": "*fp32", "ids": "*i32", **_PARTS}
 _TILES = {"CHUNK": _CHUNK, "COLUMNS": _COLUMNS}
-_SCATTER = {**_ADD, "places": "*i64", "rows": "*bf16", "row_stride": "i32"}
+_ROWS = {"places": "*i64", "rows": "*bf16", "row_stride": "i32", "more_stride": "i32"}
+_ONE, _TWO = {**_ADD, **_ROWS}, {**_ADD, **_ROWS, "more": "*bf16"}
+_WARPS = {"num_warps": 4}
 SPECIALISATIONS = [
-    Specialisation(scatter_add_kernel, _SCATTER, _TILES, {"num_warps": 4}, tuple(_SCATTER)),
-    Specialisation(add_parts_kernel, _ADD, _TILES, {"num_warps": 4}, tuple(_ADD)),
+    Specialisation(scatter_add_kernel, _ONE, {**_TILES, "more": None}, _WARPS, tuple(_ONE)),
+    Specialisation(scatter_add_kernel, _TWO, _TILES, _WARPS, tuple(_TWO)),
+    Specialisation(add_parts_kernel, _ADD, _TILES, _WARPS, tuple(_ADD)),
 ]
