@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from mapl.coordinates import Coordinates
 from mapl.fp32 import accumulation_dtype, full_precision
-from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered import GatheredOperands, gathered_mm
 from mapl.projectors import Projector
 
-#: (left, table, ids, weight) → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.
-Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+#: Operands → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.
+Product = Callable[[GatheredOperands], Tensor]
 
 
 def encode(
@@ -189,7 +189,7 @@ class _Encode(torch.autograd.Function):
         elif basis is None:
             z = torch.mm(rows, weight).addmm_(coordinates.rows(table), weight, alpha=-1)
         else:
-            z = product(rows, table, coordinates.ids, weight)
+            z = product(GatheredOperands(rows, table, coordinates.ids, weight))
         ctx.save_for_backward(x if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(z, x)
@@ -234,7 +234,7 @@ class _Decode(torch.autograd.Function):
         elif basis is None:
             x = torch.addmm(coordinates.rows(table), rows, weight)
         else:
-            x = product(rows, table, coordinates.ids, weight)
+            x = product(GatheredOperands(rows, table, coordinates.ids, weight))
         ctx.save_for_backward(z if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(x, z)

@@ -8,6 +8,8 @@ Both directions of a boundary are one of these (mapl.boundary):
 Shapes: n tokens, a numbers a token of the left operand, table [V, k], m columns of the result.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,19 +20,35 @@ from mapl.ops.dispatch import runs_gemms, use_triton
 KERNEL_COLUMNS = 512
 
 
-def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """[left | table[ids]]·weight, accumulated in fp32.
+class GatheredOperands(NamedTuple):
+    """The operands of [left | table[ids]]·weight.
 
-    Args:
+    Attributes:
         left: [n, a].
         table: [V, k], contiguous, of left's dtype.
         ids: [n] integers in 0 … V − 1; not checked.
         weight: [a + k, m], contiguous, of left's dtype.
+    """
+
+    left: Tensor
+    table: Tensor
+    ids: Tensor
+    weight: Tensor
+
+    def row_contiguous(self) -> "GatheredOperands":
+        """The same with `row_contiguous` of left."""
+        left = row_contiguous(self.left)
+        return self if left is self.left else self._replace(left=left)
+
+
+def gathered_mm(operands: GatheredOperands) -> Tensor:
+    """[left | table[ids]]·weight, accumulated in fp32.
 
     Returns:
         [n, m], contiguous, of left's dtype.
     """
-    left = row_contiguous(left)
+    operands = operands.row_contiguous()
+    left, table, ids, weight = operands
     if has_kernels(left) and weight.size(1) > KERNEL_COLUMNS:
         from mapl.ops.kernels.side_by_side import side_by_side
 
@@ -38,8 +56,8 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
     if has_kernels(left) and runs_gemms(left):
         from mapl.ops.kernels import gathered
 
-        return gathered.gathered_mm(left, table, ids, weight)
-    return reference_gathered_mm(left, table, ids, weight)
+        return gathered.gathered_mm(operands)
+    return reference_gathered_mm(operands)
 
 
 def row_contiguous(matrix: Tensor) -> Tensor:
@@ -47,8 +65,9 @@ def row_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def reference_gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def reference_gathered_mm(operands: GatheredOperands) -> Tensor:
     """The same in plain torch, without a copy of a left operand wider than the result."""
+    left, table, ids, weight = operands
     if left.size(1) < weight.size(1):
         return torch.mm(reference_side_by_side(left, table, ids), weight)
     over_left, over_table = weight.split([left.size(1), table.size(1)])
