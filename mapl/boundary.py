@@ -205,7 +205,7 @@ class _Encode(torch.autograd.Function):
             ctx.projector.accumulate_product(_rows(x), dz_rows)
             if coordinates is not None:
                 c = coordinates.rows(table)
-                ctx.projector.accumulate_product(c.neg_(), dz_rows, basis=basis)
+                ctx.projector.accumulate_product(c, dz_rows, basis, alpha=-1)
         dx = dz @ down.mT if needs_dx else None
         dtable = None
         if needs_table:
