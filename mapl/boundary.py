@@ -250,6 +250,7 @@ class _Decode(torch.autograd.Function):
         dc, dtable = dx_rows, None
         if basis is not None and needs_table:
             both = dx_rows @ ctx.weight.mT  # one pass over dX̂ gives [dZ | dC]
+            # Left as a view, dZ would be copied by autograd: a leaf's gradient has its layout.
             dz, dc = both[:, :r].contiguous(), both[:, r:]
         else:
             dz = dx_rows @ ctx.weight[:r].mT
