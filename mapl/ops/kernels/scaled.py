@@ -104,13 +104,7 @@ def _encode_groups(
     ratio = quantise.ratio(x, quantise.from_bf16_bits(bits)[:, None], LARGEST)
     even, odd = tl.split(tl.reshape(ratio, [BLOCK, HALF, 2]))
     pair = group[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    if STOCHASTIC:
-        hash = quantise.hash64(key, pair)
-        low = quantise.code(even, quantise.chance_low(hash), FORMAT, True)
-        high = quantise.code(odd, quantise.chance_high(hash), FORMAT, True)
-    else:
-        low = quantise.code(even, even, FORMAT, False)
-        high = quantise.code(odd, odd, FORMAT, False)
+    low, high = quantise.code_pairs(even, odd, pair, key, FORMAT, STOCHASTIC)
     if FORMAT == "int4":
         tl.store(codes + pair, (low | high << 4).to(tl.uint8), mask=inside[:, None])
     else:
