@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from mapl.coordinates import Coordinates
 from mapl.fp32 import accumulation_dtype, full_precision
-from mapl.ops.gathered import GatheredOperands, gathered_mm
+from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 from mapl.projectors import Projector
 
 #: Operands → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.

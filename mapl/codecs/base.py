@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mapl.ops.gathered import GatheredOperands, gathered_mm
+from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 
 
 class Role(enum.Enum):

@@ -43,7 +43,8 @@ from mapl.codecs.counter_random import stream_key
 from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
 from mapl.fp32 import keep_dtype
 from mapl.ops import use_triton
-from mapl.ops.gathered import GatheredOperands, has_kernels
+from mapl.ops.gathered import has_kernels
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: After these updates the whole codebook crosses; by the last one it hardly moves any more.
 WHOLE_AFTER = frozenset({1, 2, 4, 8, 16})

@@ -24,9 +24,10 @@ from torch import Tensor
 from mapl.codecs.base import Codec, Role
 from mapl.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from mapl.codecs.casting import SMALLEST_SCALE, as_bytes, bf16_up, copy_clamped
-from mapl.codecs.counter_random import stream_key, uniform
+from mapl.codecs.counter_random import signed, stream_key, uniform
 from mapl.ops.dispatch import runs_gemms, use_triton
-from mapl.ops.gathered import KERNEL_COLUMNS, GatheredOperands, has_kernels
+from mapl.ops.gathered import KERNEL_COLUMNS, has_kernels
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: Rounding s up to the 8 significant bits of bf16 makes it larger by less than this factor; the
 #: second one is for the fp32 rounding of max |x| / q_max.
@@ -92,7 +93,7 @@ class ScaledCodec(Codec):
             return
         from mapl.ops.kernels import scaled
 
-        key = stream_key(self.seed, number)
+        key = signed(stream_key(self.seed, number))
         scaled.encode(rows, out, self.group_size, self.format, self.stochastic, key)
 
     def product_into(self, out: Tensor, number: int, operands: GatheredOperands) -> Tensor:

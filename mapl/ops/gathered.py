@@ -8,37 +8,15 @@ Both directions of a boundary are one of these (mapl.boundary):
 Shapes: n tokens, a numbers a token of the left operand, table [V, k], m columns of the result.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from mapl.ops.dispatch import runs_gemms, use_triton
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: Up to this many columns each row of the left operand is loaded once or twice, and a kernel that
 #: gathers while it loads is the fastest. Above, cuBLAS is faster on operands put side by side.
 KERNEL_COLUMNS = 512
-
-
-class GatheredOperands(NamedTuple):
-    """The operands of [left | table[ids]]·weight.
-
-    Attributes:
-        left: [n, a].
-        table: [V, k], contiguous, of left's dtype.
-        ids: [n] integers in 0 … V − 1; not checked.
-        weight: [a + k, m], contiguous, of left's dtype.
-    """
-
-    left: Tensor
-    table: Tensor
-    ids: Tensor
-    weight: Tensor
-
-    def row_contiguous(self) -> "GatheredOperands":
-        """The same with `row_contiguous` of left."""
-        left = row_contiguous(self.left)
-        return self if left is self.left else self._replace(left=left)
 
 
 def gathered_mm(operands: GatheredOperands) -> Tensor:
@@ -58,11 +36,6 @@ def gathered_mm(operands: GatheredOperands) -> Tensor:
 
         return gathered.gathered_mm(operands)
     return reference_gathered_mm(operands)
-
-
-def row_contiguous(matrix: Tensor) -> Tensor:
-    """The matrix, copied if the numbers of a row do not follow each other in memory."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def reference_gathered_mm(operands: GatheredOperands) -> Tensor:

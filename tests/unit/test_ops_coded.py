@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mapl.codecs import CodecEnd, CodecSettings, Role, build_codec
-from mapl.ops.gathered import GatheredOperands, gathered_mm
+from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 
 V = 60
 # n, d, w, k: whole tiles, and not.

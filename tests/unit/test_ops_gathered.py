@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mapl.ops import gathered
+from mapl.ops.gathered_operands import GatheredOperands
 
 # n, a, k, m: multiples of the tiles, and not.
 SIZES = [
@@ -29,7 +30,7 @@ def operands(size, dtype, device, stride=0):
     table = torch.randn(V, k, device=device).to(dtype)
     ids = torch.randint(0, V, (n,), device=device)
     weight = (torch.randn(a + k, m, device=device) / (a + k) ** 0.5).to(dtype)
-    return gathered.GatheredOperands(left, table, ids, weight)
+    return GatheredOperands(left, table, ids, weight)
 
 
 def relative_error(result, exact):

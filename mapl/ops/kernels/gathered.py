@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
-from mapl.ops.gathered import GatheredOperands
+from mapl.ops.gathered_operands import GatheredOperands
 from mapl.ops.kernels import quantise
 
 _INNER = 64  # numbers of the contracted dimension in one step of the GEMM

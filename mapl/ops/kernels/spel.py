@@ -35,8 +35,9 @@ from mapl.ops.kernels.spel_products import (
     TALL,
     TALL_OPTIONS,
 )
-from mapl.spel import HIGHEST_KERNEL_RATE
 
+#: The largest α: the polynomial that retracts needs it to be small.
+HIGHEST_RATE = 0.1
 #: PolarExpress's (a, b, c) as `mapl.stiefel.msign` has them, and the step after which G is renewed.
 POLAR_EXPRESS = (
     (8.2051, -22.9019, 16.4607),
@@ -149,7 +150,7 @@ class _Batch:
         correction = self._inverse_root(self._gram(y, y, products.FROM_IDENTITY))
         products.commit_kernel[self.tall_grid](
             self.y, correction, self.new_momentum, *self.a, *self.momentum, self.lr,
-            self.largest, self.distance, self.ok, HIGHEST_KERNEL_RATE, FURTHEST,
+            self.largest, self.distance, self.ok, HIGHEST_RATE, FURTHEST,
             self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
         )  # fmt: skip
         return self.ok
