@@ -24,10 +24,11 @@ from torch.autograd.function import once_differentiable
 from mapl.coordinates import Coordinates
 from mapl.fp32 import accumulation_dtype, full_precision
 from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 from mapl.projectors import Projector
 
-#: (left, table, ids, weight) → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.
-Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+#: Operands → [left | table[ids]]·weight; see `mapl.ops.gathered.gathered_mm`.
+Product = Callable[[GatheredOperands], Tensor]
 
 
 def encode(
@@ -189,7 +190,7 @@ class _Encode(torch.autograd.Function):
         elif basis is None:
             z = torch.mm(rows, weight).addmm_(coordinates.rows(table), weight, alpha=-1)
         else:
-            z = product(rows, table, coordinates.ids, weight)
+            z = product(GatheredOperands(rows, table, coordinates.ids, weight))
         ctx.save_for_backward(x if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(z, x)
@@ -205,7 +206,7 @@ class _Encode(torch.autograd.Function):
             ctx.projector.accumulate_product(_rows(x), dz_rows)
             if coordinates is not None:
                 c = coordinates.rows(table)
-                ctx.projector.accumulate_product(c.neg_(), dz_rows, basis=basis)
+                ctx.projector.accumulate_product(c, dz_rows, basis, alpha=-1)
         dx = dz @ down.mT if needs_dx else None
         dtable = None
         if needs_table:
@@ -234,7 +235,7 @@ class _Decode(torch.autograd.Function):
         elif basis is None:
             x = torch.addmm(coordinates.rows(table), rows, weight)
         else:
-            x = product(rows, table, coordinates.ids, weight)
+            x = product(GatheredOperands(rows, table, coordinates.ids, weight))
         ctx.save_for_backward(z if projector.learns else None, table, basis, a)
         ctx.coordinates, ctx.use, ctx.projector, ctx.weight = coordinates, use, projector, weight
         return _reshaped(x, z)
@@ -250,6 +251,7 @@ class _Decode(torch.autograd.Function):
         dc, dtable = dx_rows, None
         if basis is not None and needs_table:
             both = dx_rows @ ctx.weight.mT  # one pass over dX̂ gives [dZ | dC]
+            # Left as a view, dZ would be copied by autograd: a leaf's gradient has its layout.
             dz, dc = both[:, :r].contiguous(), both[:, r:]
         else:
             dz = dx_rows @ ctx.weight[:r].mT

@@ -61,18 +61,19 @@ def mm_wide(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.to(wide), right.to(wide))
 
 
-def add_mm_wide(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, as `mm_wide` multiplies; on CUDA in the GEMM itself.
+def add_mm_wide(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> None:
+    """total += alpha · (left @ right), as `mm_wide` multiplies; on CUDA in the GEMM itself.
 
     Args:
         total: [m, p] fp32 (fp64 for fp64 inputs), contiguous, changed in place.
         left: [m, n].
         right: [n, p], of the same dtype.
+        alpha: factor of the product.
     """
     if left.is_cuda and left.dtype != total.dtype:
-        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, alpha=alpha, out=total)
     else:
-        total.add_(mm_wide(left, right))
+        total.add_(mm_wide(left, right), alpha=alpha)
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -154,7 +154,7 @@ def seal(
     if use_triton(payload):
         from mapl.ops.kernels import payload as kernels
 
-        kernels.seal(layout, sequence, payload, ids)
+        kernels.seal(layout.header(sequence), payload, ids, layout.id_size)
         return
     content = payload.view(torch.int64)
     content[:HEADER_WORDS] = header_on(layout, sequence, payload.device)

@@ -60,8 +60,9 @@ class PayloadGuard:
         if use_triton(payload):
             from mapl.ops.kernels import payload as kernels
 
-            mark = self._mark(layout, payload.device)
-            return kernels.check(layout, sequence, payload, mark), body
+            header, mark = layout.header(sequence), self._mark(layout, payload.device)
+            sizes = layout.id_count, layout.id_size, layout.vocab_size
+            return kernels.check(header, payload, mark, *sizes), body
         ids = None
         if layout.id_count:
             start = HEADER_WORDS * WORD

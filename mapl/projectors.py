@@ -56,8 +56,10 @@ class Projector(nn.Module):
         """Add one micro-batch's part of dA, [d, r] fp32."""
         raise NotImplementedError
 
-    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
-        """Add leftᵀ·right or, with a basis P, Pᵀ·(leftᵀ·right), accumulated in fp32.
+    def accumulate_product(
+        self, left: Tensor, right: Tensor, basis: Tensor | None = None, alpha: float = 1
+    ) -> None:
+        """Add α leftᵀ·right or, with a basis P, α Pᵀ·(leftᵀ·right), accumulated in fp32.
 
         The product with Pᵀ is linear, so it is formed once, when somebody reads ``grad``.
 
@@ -65,6 +67,7 @@ class Projector(nn.Module):
             left: [tokens, d], or [tokens, k] with a basis, in the model's dtype.
             right: [tokens, r], likewise.
             basis: P [k, d].
+            alpha: α.
         """
         raise NotImplementedError
 
@@ -103,7 +106,9 @@ class FixedProjector(Projector):
     def accumulate(self, dA: Tensor) -> None:
         """Nothing: there is no gradient to keep."""
 
-    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+    def accumulate_product(
+        self, left: Tensor, right: Tensor, basis: Tensor | None = None, alpha: float = 1
+    ) -> None:
         """Nothing, likewise."""
 
     def step(self, lr: float) -> Tensor:
@@ -154,15 +159,17 @@ class _MovingProjector(Projector):
         self._grad.add_(dA)
 
     @torch.no_grad()
-    def accumulate_product(self, left: Tensor, right: Tensor, basis: Tensor | None = None) -> None:
+    def accumulate_product(
+        self, left: Tensor, right: Tensor, basis: Tensor | None = None, alpha: float = 1
+    ) -> None:
         """See :meth:`Projector.accumulate_product`."""
         if basis is None:
-            add_mm_wide(self._grad, left.mT, right)
+            add_mm_wide(self._grad, left.mT, right, alpha)
             return
         if self._with_basis is None or self._with_basis[0] is not basis:
             inner = self.grad.new_zeros(basis.size(0), self.A.size(1))
             self._with_basis = basis, inner
-        add_mm_wide(self._with_basis[1], left.mT, right)
+        add_mm_wide(self._with_basis[1], left.mT, right, alpha)
 
 
 class LearnedProjector(_MovingProjector):

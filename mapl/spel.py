@@ -10,9 +10,6 @@ from torch import Tensor
 from mapl.ops.dispatch import runs_gemms, use_triton
 from mapl.stiefel import msign, retract, tangent
 
-#: The largest α that the kernels take; they retract by a polynomial that needs it to be small.
-HIGHEST_KERNEL_RATE = 0.1
-
 
 def spel_step(
     a: Tensor, grad: Tensor, momentum: Tensor, lr: float, beta: float = 0.9
@@ -109,7 +106,9 @@ def step_all(
 
 def _is_low(lr: float | Tensor) -> bool:
     """Whether kernels take α; a tensor they look at themselves."""
-    return isinstance(lr, Tensor) or lr <= HIGHEST_KERNEL_RATE
+    from mapl.ops.kernels.spel import HIGHEST_RATE
+
+    return isinstance(lr, Tensor) or lr <= HIGHEST_RATE
 
 
 def _step_by_kernels(

@@ -28,14 +28,13 @@ import torch
 
 from bench_pipeline_plan import LAYOUTS, PLAIN, TINY, Layout, Model, settings
 from bench_pipeline_tables import page
+from gpu_timing import gemm_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = Path(__file__).with_name("bench_pipeline_job.py")
 
 #: FLOP/s of dense bf16 on an H100 SXM or H200, by their data sheet.
 DATASHEET = 989e12
-#: Of the multiplication that measures what the device really does.
-_PEAK_SIZE = 8192
 #: Steps, from 0, that are profiled: compiled and warm.
 _PROFILED = 5
 
@@ -147,23 +146,12 @@ def _spread(layout: Layout) -> list[str]:
 
 
 def measured_peak() -> float | None:
-    """FLOP/s of a large multiplication in bf16 on this GPU, the best of some; None without one."""
+    """FLOP/s of a large multiplication in bf16 on this GPU; None without one."""
     if not torch.cuda.is_available():
         return None
-    a, b = (torch.randn(_PEAK_SIZE, _PEAK_SIZE, device="cuda").bfloat16() for _ in range(2))
-    out = torch.empty_like(a)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(4):
-            torch.mm(a, b, out=out)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 4e3)
-    del a, b, out
-    torch.cuda.empty_cache()
-    return float(2 * _PEAK_SIZE**3 / min(times))
+    rate = gemm_rate(torch.bfloat16)
+    torch.cuda.empty_cache()  # the trainings are other processes
+    return rate
 
 
 def _line(training: dict[str, Any], warm_up: int) -> str:

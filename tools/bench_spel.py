@@ -3,9 +3,9 @@
 
     python tools/bench_spel.py                    # eight boundaries of 4096×256
 
-Medians of CUDA events around one step, in ms: plain torch boundary by boundary, the same compiled,
-and the kernels, each called and (where it can be captured) replayed from a CUDA graph. A call
-includes the launches, which a training step hides where the host runs ahead of the device.
+Medians of one step, in ms (`tools/gpu_timing.py`): plain torch boundary by boundary, the same
+compiled, and the kernels, each called and (where it can be captured) replayed from a CUDA graph. A
+call includes the launches, which a training step hides where the host runs ahead of the device.
 
 The floors are what each algorithm multiplies at rates that large GEMMs reach on this GPU, measured
 in the same run: strict fp32, and a sixth of bf16's, for the kernels make an fp32 product of six.
@@ -13,7 +13,6 @@ in the same run: strict fp32, and a sixth of bf16's, for the kernels make an fp3
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpu_timing import call_time, gemm_rate, graph_time
 from mapl.fp32 import full_precision
 from mapl.spel import spel_step, step_all
 from mapl.stiefel import orthonormality_error
@@ -85,40 +85,6 @@ def check(operands: Operands) -> None:
             sys.exit("the kernels are too far from float64; nothing was timed")
 
 
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    """Median time of a call, after three that are not counted."""
-    times: list[float] = []
-    for count in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        if count >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def replayed(step: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a graph of `step`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def gemm_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOP/s of a large square product."""
-    left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    with full_precision(left.device):
-        return 2 * size**3 / (1e-3 * milliseconds(lambda: left @ right, 10))
-
-
 def floating_point_operations(hidden: int, rank: int) -> tuple[float, float]:
     """Of one boundary's step: in plain torch, and as the kernels do it."""
     tall, square = 2.0 * hidden * rank**2, 2.0 * rank**3
@@ -157,7 +123,7 @@ def main() -> None:
     parser.add_argument("--boundaries", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=4096, help="d")
     parser.add_argument("--rank", type=int, default=256, help="r")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=50, help="calls that are timed")
     parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -177,10 +143,11 @@ def main() -> None:
     print(f"\n{'way':<28} {'ms':>8}")
     for name, step in ways.items():
         with reported():
-            print(f"{name:<28} {milliseconds(step, arguments.repeats):>8.3f}")
+            print(f"{name:<28} {call_time([step], arguments.repeats) / 1e3:>8.3f}")
         with reported():
-            print(f"{name + ', graph':<28} {milliseconds(replayed(step), arguments.repeats):>8.3f}")
-    rates = gemm_rate(torch.float32), gemm_rate(torch.bfloat16) / 6
+            print(f"{name + ', graph':<28} {graph_time([step]) / 1e3:>8.3f}")
+    with full_precision(torch.device("cuda")):
+        rates = gemm_rate(torch.float32), gemm_rate(torch.bfloat16) / 6
     names = "floor of plain torch", "floor of the kernels"
     counts = floating_point_operations(*size[1:])
     for name, operations, rate in zip(names, counts, rates, strict=True):

@@ -10,7 +10,6 @@ cannot capture, in plain torch, is called, and its launches then count too; such
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_timing import graph_time
+from gpu_timing import call_time, graph_time
 from mapl.channel import Channel
 from mapl.codecs import CODECS, CodecEnd, CodecSettings, Role, build_codec
 from mapl.payload import Direction, PayloadLayout
@@ -90,15 +89,7 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> tuple[float, bool]:
         return graph_time(calls), True
     except RuntimeError:  # a copy from the host, which no graph holds
         torch.cuda.synchronize()
-    times = []
-    for number in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        calls[number % len(calls)]()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times), False
+    return call_time(calls), False
 
 
 def measure(case: Case) -> dict[str, tuple[float, bool]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 
 
 class Role(enum.Enum):
@@ -73,47 +74,32 @@ class Codec(nn.Module):
         for body, rows in zip(bodies, out.chunk(len(bodies)), strict=True):
             self.decode_rows(body, rows)
 
-    def product_into(
-        self,
-        out: Tensor,
-        number: int,
-        left: Tensor,
-        table: Tensor,
-        ids: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
+    def product_into(self, out: Tensor, number: int, operands: GatheredOperands) -> Tensor:
         """Fills `out` with the bytes of Z, the product that `mapl.ops.gathered.gathered_mm` gives.
 
         Args:
             out, number: as for `encode_into`.
-            left, table, ids, weight: as for `gathered_mm`.
+            operands: as for `gathered_mm`.
 
         Returns:
             A tensor of Z's shape. A codec that makes bytes of Z while it is still in registers
             leaves its numbers undefined.
         """
-        z = gathered_mm(left, table, ids, weight)
+        z = gathered_mm(operands)
         self.encode_into(z, number, out)
         return z
 
     def product_from(
-        self,
-        bodies: Sequence[Tensor],
-        number: int,
-        left: Tensor,
-        table: Tensor,
-        ids: Tensor,
-        weight: Tensor,
+        self, bodies: Sequence[Tensor], number: int, operands: GatheredOperands
     ) -> Tensor:
-        """Fills `left` with the Ẑ of these bodies and gives the product of `gathered_mm` with it.
+        """Fills left with the Ẑ of these bodies and gives the product of `gathered_mm` with it.
 
         Args:
             bodies, number: as for `decode`.
-            left: [n, w], contiguous, filled.
-            table, ids, weight: as for `gathered_mm`.
+            operands: as for `gathered_mm`; left [n, w] contiguous.
         """
-        self.decode(bodies, left, number)
-        return gathered_mm(left, table, ids, weight)
+        self.decode(bodies, operands.left, number)
+        return gathered_mm(operands)
 
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
         """Fills `out` [n, w] with one body."""

@@ -44,6 +44,7 @@ from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
 from mapl.fp32 import keep_dtype
 from mapl.ops import use_triton
 from mapl.ops.gathered import has_kernels
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: After these updates the whole codebook crosses; by the last one it hardly moves any more.
 WHOLE_AFTER = frozenset({1, 2, 4, 8, 16})
@@ -220,17 +221,12 @@ class ResidualVQCodec(Codec):
 
     @torch.no_grad()
     def product_from(
-        self,
-        bodies: Sequence[Tensor],
-        number: int,
-        left: Tensor,
-        table: Tensor,
-        ids: Tensor,
-        weight: Tensor,
+        self, bodies: Sequence[Tensor], number: int, operands: GatheredOperands
     ) -> Tensor:
         """See `Codec` and `decode`."""
+        left, table, ids, weight = operands
         if not (has_kernels(left) and self._fused(left) and len(bodies) == self.shards == 1):
-            return super().product_from(bodies, number, left, table, ids, weight)
+            return super().product_from(bodies, number, operands)
         from mapl.ops.kernels.side_by_side import from_rvq
 
         self._take_entries(bodies, len(left), number)

@@ -24,9 +24,10 @@ from torch import Tensor
 from mapl.codecs.base import Codec, Role
 from mapl.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from mapl.codecs.casting import SMALLEST_SCALE, as_bytes, bf16_up, copy_clamped
-from mapl.codecs.counter_random import stream_key, uniform
+from mapl.codecs.counter_random import signed, stream_key, uniform
 from mapl.ops.dispatch import runs_gemms, use_triton
-from mapl.ops.gathered import KERNEL_COLUMNS, has_kernels, row_contiguous
+from mapl.ops.gathered import KERNEL_COLUMNS, has_kernels
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: Rounding s up to the 8 significant bits of bf16 makes it larger by less than this factor; the
 #: second one is for the fp32 rounding of max |x| / q_max.
@@ -92,45 +93,31 @@ class ScaledCodec(Codec):
             return
         from mapl.ops.kernels import scaled
 
-        key = stream_key(self.seed, number)
+        key = signed(stream_key(self.seed, number))
         scaled.encode(rows, out, self.group_size, self.format, self.stochastic, key)
 
-    def product_into(
-        self,
-        out: Tensor,
-        number: int,
-        left: Tensor,
-        table: Tensor,
-        ids: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
+    def product_into(self, out: Tensor, number: int, operands: GatheredOperands) -> Tensor:
+        left = operands.left
         fits = not self.stochastic and self.width <= KERNEL_COLUMNS
         if fits and has_kernels(left) and runs_gemms(left):
             from mapl.ops.kernels import gathered
 
             if gathered.quantises(self.width, self.group_size):
-                left = row_contiguous(left)
-                gathered.gathered_mm_quantised(
-                    left, table, ids, weight, out, self.group_size, self.format
-                )
+                operands = operands.row_contiguous()
+                gathered.gathered_mm_quantised(operands, out, self.group_size, self.format)
                 return left.new_empty(len(left), self.width)
-        return super().product_into(out, number, left, table, ids, weight)
+        return super().product_into(out, number, operands)
 
     def product_from(
-        self,
-        bodies: Sequence[Tensor],
-        number: int,
-        left: Tensor,
-        table: Tensor,
-        ids: Tensor,
-        weight: Tensor,
+        self, bodies: Sequence[Tensor], number: int, operands: GatheredOperands
     ) -> Tensor:
+        left, table, ids, weight = operands
         if has_kernels(left) and len(bodies) == 1:
             from mapl.ops.kernels.side_by_side import from_scaled
 
             group, format = self.group_size, self.format
             return torch.mm(from_scaled(bodies[0], left, table, ids, group, format), weight)
-        return super().product_from(bodies, number, left, table, ids, weight)
+        return super().product_from(bodies, number, operands)
 
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
         if use_triton(out) and out.is_contiguous():

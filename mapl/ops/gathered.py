@@ -12,25 +12,21 @@ import torch
 from torch import Tensor
 
 from mapl.ops.dispatch import runs_gemms, use_triton
+from mapl.ops.gathered_operands import GatheredOperands
 
 #: Up to this many columns each row of the left operand is loaded once or twice, and a kernel that
 #: gathers while it loads is the fastest. Above, cuBLAS is faster on operands put side by side.
 KERNEL_COLUMNS = 512
 
 
-def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def gathered_mm(operands: GatheredOperands) -> Tensor:
     """[left | table[ids]]·weight, accumulated in fp32.
-
-    Args:
-        left: [n, a].
-        table: [V, k], contiguous, of left's dtype.
-        ids: [n] integers in 0 … V − 1; not checked.
-        weight: [a + k, m], contiguous, of left's dtype.
 
     Returns:
         [n, m], contiguous, of left's dtype.
     """
-    left = row_contiguous(left)
+    operands = operands.row_contiguous()
+    left, table, ids, weight = operands
     if has_kernels(left) and weight.size(1) > KERNEL_COLUMNS:
         from mapl.ops.kernels.side_by_side import side_by_side
 
@@ -38,17 +34,13 @@ def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Ten
     if has_kernels(left) and runs_gemms(left):
         from mapl.ops.kernels import gathered
 
-        return gathered.gathered_mm(left, table, ids, weight)
-    return reference_gathered_mm(left, table, ids, weight)
+        return gathered.gathered_mm(operands)
+    return reference_gathered_mm(operands)
 
 
-def row_contiguous(matrix: Tensor) -> Tensor:
-    """The matrix, copied if the numbers of a row do not follow each other in memory."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def reference_gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def reference_gathered_mm(operands: GatheredOperands) -> Tensor:
     """The same in plain torch, without a copy of a left operand wider than the result."""
+    left, table, ids, weight = operands
     if left.size(1) < weight.size(1):
         return torch.mm(reference_side_by_side(left, table, ids), weight)
     over_left, over_table = weight.split([left.size(1), table.size(1)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mapl.ops.dispatch import use_triton
-from mapl.ops.gathered import row_contiguous
+from mapl.ops.gathered_operands import row_contiguous
 
 
 class TokenOrder:

@@ -2,6 +2,7 @@
 """The settings' dataclasses ↔ the `--mapl-*` flags, and what they refuse beside Megatron's own."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, asdict, fields
@@ -11,6 +12,7 @@ import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from mapl.config import EmulationConfig, MaplConfig
+from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
 from megatron.mapl import gpt
 
 PREFIX = "mapl_"
@@ -221,30 +223,41 @@ def _check_links(flag: str, values: Sequence[object], pipeline: int, virtual: in
 
 
 def check_same_on_all_ranks(args: Any) -> None:
-    """Compares the `--mapl-*` settings of all processes; to be called on every one of them.
+    """Compares the `--mapl-*` settings of all processes, and MAPL_OPS where there are boundaries.
+
+    To be called on every process.
 
     Raises:
         ValueError: names a process whose settings differ from those of rank 0, and both.
     """
     own = {name: value for name, value in sorted(vars(args).items()) if name.startswith(PREFIX)}
-    settings: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(settings, own)
-    first = settings[0]
-    for rank, other in enumerate(settings):
-        if other == first:
-            continue
-        names = [name for name in first if first[name] != other[name]]
-        if (first["mapl_rank"] is None) != (other["mapl_rank"] is None):
-            names = ["mapl_rank"]  # without it all others are unset
-        differences = [
-            f"--{name.replace('_', '-')} is {_said(first[name])} on rank 0 and "
-            f"{_said(other[name])} on rank {rank}"
-            for name in names
-        ]
-        raise ValueError(
-            f"--mapl-* flags differ between processes: {'; '.join(differences)}; start all "
-            "processes with the same flags"
-        )
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (own, os.environ.get(OPS_VARIABLE) or None))
+    first, first_ops = everyone[0]
+    for rank, (other, ops) in enumerate(everyone):
+        if other != first:
+            raise ValueError(
+                f"--mapl-* flags differ between processes: {_differences(first, other, rank)}; "
+                "start all processes with the same flags"
+            )
+        if ops != first_ops and first["mapl_rank"] is not None:
+            raise ValueError(
+                f"{OPS_VARIABLE} is {_said(first_ops)} on rank 0 and {_said(ops)} on rank {rank}, "
+                "but both sides of a boundary must round alike; set it to the same in the "
+                "environment of all processes, or in none"
+            )
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any], rank: int) -> str:
+    """The settings in which a process differs from rank 0."""
+    names = [name for name in first if first[name] != other[name]]
+    if (first["mapl_rank"] is None) != (other["mapl_rank"] is None):
+        names = ["mapl_rank"]  # without it all others are unset
+    return "; ".join(
+        f"--{name.replace('_', '-')} is {_said(first[name])} on rank 0 and "
+        f"{_said(other[name])} on rank {rank}"
+        for name in names
+    )
 
 
 def _said(value: Any) -> str:

@@ -132,6 +132,12 @@ def nudge_projector_after_load(record: dict[str, Any]) -> None:
     checkpoint.check_sides = nudge_and_check
 
 
+def ops_of_one_process(record: dict[str, Any]) -> None:
+    """MAPL_OPS is set in one environment alone."""
+    if os.environ["RANK"] == "1":
+        os.environ["MAPL_OPS"] = "reference"
+
+
 def unbatched_transfers(record: dict[str, Any]) -> None:
     """No fault: a setting that Megatron's flags reach for interleaved schedules alone."""
     from megatron.mapl import pretraining

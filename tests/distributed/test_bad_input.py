@@ -269,6 +269,12 @@ def test_processes_must_agree(
     assert_refused(result, message)
 
 
+def test_environments_must_agree(cluster: Cluster) -> None:
+    result = cluster.run(2, TWO.command("--mapl-rank 8"), tamper="ops_of_one_process", fails=True)
+    message = "MAPL_OPS is not set on rank 0 and reference on rank 1, .*; set it to the same in"
+    assert_refused(result, message)
+
+
 def test_cpu_mode_says_so(cluster: Cluster) -> None:
     """Once, before training."""
     result = cluster.run(2, TWO.command("--train-iters 1 --eval-iters 0"))

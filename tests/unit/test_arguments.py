@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,3 +331,45 @@ def test_a_context_parallel_part_is_split_if_it_divides(tokens: int, ranks: int)
         context_parallel_size=2,
     )
     assert arguments.split_ranks(args, MaplConfig(rank=[8])) == ranks
+
+
+@pytest.mark.parametrize(
+    ("mapl_rank", "values", "message"),
+    [
+        (
+            8,
+            ["triton", "triton", None],
+            "MAPL_OPS is triton on rank 0 and not set on rank 2, .*set it",
+        ),
+        (8, ["", "reference"], "MAPL_OPS is not set on rank 0 and reference on rank 1, .*; set it"),
+        (8, [None, ""], None),
+        (8, ["reference", "reference"], None),
+        (None, ["triton", None], None),  # no boundary
+    ],
+)
+def test_mapl_ops_is_the_same_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+    mapl_rank: int | None,
+    values: list[str | None],
+    message: str | None,
+) -> None:
+    args = SimpleNamespace(mapl_rank=mapl_rank)
+    handed_in: list[Any] = []
+
+    def collect(everyone: list[Any], own: Any) -> None:
+        handed_in.append(own)
+        everyone[:] = [own] * len(everyone)
+
+    def give_all(everyone: list[Any], own: Any) -> None:
+        everyone[:] = handed_in
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(values))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", collect)
+    for value in values:
+        monkeypatch.delenv("MAPL_OPS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("MAPL_OPS", value)
+        arguments.check_same_on_all_ranks(args)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", give_all)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        arguments.check_same_on_all_ranks(args)

@@ -8,6 +8,7 @@ import torch
 
 from mapl.codecs import CodecEnd, CodecSettings, Role, build_codec
 from mapl.ops.gathered import gathered_mm
+from mapl.ops.gathered_operands import GatheredOperands
 
 V = 60
 # n, d, w, k: whole tiles, and not.
@@ -33,7 +34,7 @@ def operands(n, a, k, m, dtype, device):
     table = torch.randn(V, k, device=device).to(dtype)
     ids = torch.randint(0, V, (n,), device=device)
     weight = (torch.randn(a + k, m, device=device) / (a + k) ** 0.5).to(dtype)
-    return left, table, ids, weight
+    return GatheredOperands(left, table, ids, weight)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "fp8", "int8", "int4", "rvq"])
@@ -42,28 +43,29 @@ def operands(n, a, k, m, dtype, device):
 @every_size
 def test_bytes_are_those_of_the_product(name, role, dtype, size, device):
     n, d, w, k = size
-    left, table, ids, weight = operands(n, d, k, w, dtype, device)
+    inputs = operands(n, d, k, w, dtype, device)
     bodies = []
     for fused in (True, False):
         codec = build(name, w, dtype, device, role)
         body = torch.full((codec.body_bytes(n),), 255, dtype=torch.uint8, device=device)
         if fused:
-            z = codec.product_into(body, 5, left, table, ids, weight)
+            z = codec.product_into(body, 5, inputs)
             assert z.shape == (n, w) and z.dtype == dtype
         else:
-            codec.encode_into(gathered_mm(left, table, ids, weight), 5, body)
+            codec.encode_into(gathered_mm(inputs), 5, body)
         bodies.append(body)
     assert torch.equal(*bodies)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 def test_what_is_not_finite_shows_in_the_bytes(name, device):
-    left, table, ids, weight = operands(130, 96, 64, 128, torch.bfloat16, device)
+    inputs = operands(130, 96, 64, 128, torch.bfloat16, device)
+    left, table, ids, _ = inputs
     left[3, 5], left[4, 6], left[6] = float("nan"), float("inf"), 0
     table[ids[6]] = 0
     codec, receiver = (build(name, 128, torch.bfloat16, device, sends=s) for s in (True, False))
     body = torch.empty(codec.body_bytes(130), dtype=torch.uint8, device=device)
-    codec.product_into(body, 0, left, table, ids, weight)
+    codec.product_into(body, 0, inputs)
     out = torch.empty(130, 128, dtype=torch.bfloat16, device=device)
     receiver.decode([body], out, 0)
     assert out[3:5].isnan().all() and not out[6].any()
@@ -85,9 +87,9 @@ def test_product_from_codes_is_that_of_what_they_decode_to(name, dtype, size, de
     ).contiguous()  # more columns than a kernel takes
     decoded = torch.empty_like(rows)
     build(name, w, dtype, device, sends=False).decode([body], decoded, 2)
-    expected = gathered_mm(decoded, table, ids, weight)
+    expected = gathered_mm(GatheredOperands(decoded, table, ids, weight))
     z = torch.full_like(rows, float("nan"))
     receiver = build(name, w, dtype, device, sends=False)
     product = partial(receiver.product_from, [body], 2)
-    assert torch.equal(product(z, table, ids, weight), expected)
+    assert torch.equal(product(GatheredOperands(z, table, ids, weight)), expected)
     assert torch.equal(z, decoded)

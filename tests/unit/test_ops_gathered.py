@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mapl.ops import gathered
+from mapl.ops.gathered_operands import GatheredOperands
 
 # n, a, k, m: multiples of the tiles, and not.
 SIZES = [
@@ -29,7 +30,7 @@ def operands(size, dtype, device, stride=0):
     table = torch.randn(V, k, device=device).to(dtype)
     ids = torch.randint(0, V, (n,), device=device)
     weight = (torch.randn(a + k, m, device=device) / (a + k) ** 0.5).to(dtype)
-    return left, table, ids, weight
+    return GatheredOperands(left, table, ids, weight)
 
 
 def relative_error(result, exact):
@@ -40,9 +41,10 @@ def relative_error(result, exact):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("stride", [0, 24])
 def test_product_is_that_of_float64(size, dtype, stride, device):
-    left, table, ids, weight = operands(size, dtype, device, stride)
+    inputs = operands(size, dtype, device, stride)
+    left, table, ids, weight = inputs
     exact = torch.cat([left.double(), table[ids].double()], 1) @ weight.double()
-    result = gathered.gathered_mm(left, table, ids, weight)
+    result = gathered.gathered_mm(inputs)
     assert result.dtype == dtype and result.is_contiguous() and result.shape == exact.shape
     # A GPU rounds to the nearest, Triton's interpreter cuts bf16 off. Sums in 16 bits are worse.
     assert relative_error(result, exact) < torch.finfo(dtype).eps / (2 if left.is_cuda else 1)
@@ -51,9 +53,10 @@ def test_product_is_that_of_float64(size, dtype, stride, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_wide_results_go_through_operands_side_by_side(size, device, monkeypatch):
     monkeypatch.setattr(gathered, "KERNEL_COLUMNS", 0)
-    left, table, ids, weight = operands(size, torch.bfloat16, device)
+    inputs = operands(size, torch.bfloat16, device)
+    left, table, ids, weight = inputs
     exact = torch.cat([left.double(), table[ids].double()], 1) @ weight.double()
-    assert relative_error(gathered.gathered_mm(left, table, ids, weight), exact) < 2**-7
+    assert relative_error(gathered.gathered_mm(inputs), exact) < 2**-7
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -67,19 +70,19 @@ def test_side_by_side_is_exact(size, stride, device):
 
 
 def test_fp32_takes_the_reference(device):
-    left, table, ids, weight = operands(SIZES[2], torch.float32, device)
-    expected = gathered.reference_gathered_mm(left, table, ids, weight)
-    assert torch.equal(gathered.gathered_mm(left, table, ids, weight), expected)
+    inputs = operands(SIZES[2], torch.float32, device)
+    expected = gathered.reference_gathered_mm(inputs)
+    assert torch.equal(gathered.gathered_mm(inputs), expected)
 
 
 def test_rows_that_are_not_contiguous(device):
-    left, table, ids, weight = operands(SIZES[2], torch.bfloat16, device)
-    strided = left.T.contiguous().T
+    inputs = operands(SIZES[2], torch.bfloat16, device)
+    strided = inputs.left.T.contiguous().T
     assert strided.stride(1) != 1
-    expected = gathered.gathered_mm(left, table, ids, weight)
-    assert torch.equal(gathered.gathered_mm(strided, table, ids, weight), expected)
+    expected = gathered.gathered_mm(inputs)
+    assert torch.equal(gathered.gathered_mm(inputs._replace(left=strided)), expected)
 
 
 def test_same_bits_each_time(device):
     inputs = operands(SIZES[3], torch.bfloat16, device)
-    assert torch.equal(gathered.gathered_mm(*inputs), gathered.gathered_mm(*inputs))
+    assert torch.equal(gathered.gathered_mm(inputs), gathered.gathered_mm(inputs))

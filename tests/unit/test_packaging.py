@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,17 @@ def sources(root: Path) -> set[Path]:
 
 
 def imported_names(file: Path) -> set[str]:
-    """Every module that `file` names in an import statement or in a call of import_module."""
+    """Every module that `file` names in an import statement or in a call of import_module.
+
+    Of `from a import b` both a and a.b, which may be one.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
         match node:
             case ast.Import():
                 names.update(alias.name for alias in node.names)
             case ast.ImportFrom(module=str(module), level=0):
-                names.add(module)
+                names.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
             case ast.Call(
                 func=ast.Name(id="import_module" | "__import__")
                 | ast.Attribute(attr="import_module"),
@@ -144,6 +148,20 @@ def test_mapl_names_no_megatron_module() -> None:
         if name.split(".")[0] == "megatron"
     }
     assert not offenders
+
+
+def test_no_module_of_mapl_imports_what_imports_it() -> None:
+    """Not in a function either. A package that a module stands in does not count."""
+    files = {
+        ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (REPO / "mapl").rglob("*.py")
+    }
+    graph = {
+        name: {n for n in imported_names(file) & files.keys() if not name.startswith(f"{n}.")}
+        for name, file in files.items()
+    }
+    assert graph["mapl.ops.scatter"] > {"mapl.ops.dispatch", "mapl.ops.kernels.scatter"}
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,24 @@ def test_accumulates(cls):
         projector.accumulate(torch.ones(1, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alpha", [1, -1, 0.5])
+@pytest.mark.parametrize("with_basis", [False, True])
+def test_accumulates_products(with_basis, alpha, dtype, device):
+    projector = LearnedProjector(16, 4, torch.Generator().manual_seed(0)).to(device)
+    basis = torch.randn(8, 16, device=device).to(dtype) if with_basis else None
+    expected = torch.zeros(16, 4, dtype=torch.float64, device=device)
+    for factor in (1, alpha):
+        left = torch.randn(24, 8 if with_basis else 16, device=device).to(dtype)
+        right = torch.randn(24, 4, device=device).to(dtype)
+        given = left.clone()
+        projector.accumulate_product(left, right, basis, alpha=factor)
+        assert torch.equal(left, given)
+        product = left.double().mT @ right.double()
+        expected += factor * (product if basis is None else basis.double().mT @ product)
+    torch.testing.assert_close(projector.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gradient_of_the_model_is_zeroed_apart():
     projector = LearnedProjector(24, 6, seeded())
     projector.accumulate(gradient(1))

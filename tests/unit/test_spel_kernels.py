@@ -12,6 +12,7 @@ import torch
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIENT_SETS
 
 from mapl import projectors
+from mapl.ops.kernels import spel as spel_kernels
 from mapl.ops.kernels.spel import POLAR_EXPRESS
 from mapl.projectors import FixedProjector, LearnedProjector, UnconstrainedProjector
 from mapl.spel import spel_step, step_all
@@ -172,6 +173,16 @@ def test_all_kinds_and_shapes_of_projectors(device):
         other.step(0.05)
         assert torch.equal(one.A, other.A) and one.skipped_steps == other.skipped_steps
     assert together[4].skipped_steps == 1
+
+
+def test_tables_of_offsets_do_not_grow_without_bound(device, monkeypatch):
+    monkeypatch.setattr(spel_kernels, "_tables", {})
+    monkeypatch.setattr(spel_kernels, "_MOST_TABLES", 3)
+    numbers = torch.zeros(16, device=device)
+    for at in (1, 2, 3, 4, 1, 4):
+        first, table = spel_kernels._spread([numbers[:2], numbers[at : at + 2]])
+        assert first.data_ptr() == numbers.data_ptr() and table.tolist() == [0, at]
+    assert [offsets for offsets, _ in spel_kernels._tables] == [(0, 3), (0, 4), (0, 1)]
 
 
 def test_on_a_cpu_all_is_each_by_spel_step(monkeypatch):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.gathered_operands import GatheredOperands
 from mapl.ops.kernels import quantise
 
 _INNER = 64  # numbers of the contracted dimension in one step of the GEMM
@@ -95,10 +96,11 @@ def gathered_mm_kernel(
             tl.store(codes + place, flat, mask=(rows < n)[:, None])
 
 
-def gathered_mm(left: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """See `mapl.ops.gathered.gathered_mm`."""
+def gathered_mm(operands: GatheredOperands) -> Tensor:
+    """See `mapl.ops.gathered.gathered_mm`; left's rows are contiguous."""
+    left, weight = operands.left, operands.weight
     out = torch.empty(len(left), weight.size(1), dtype=left.dtype, device=left.device)
-    _launch(left, table, ids, weight, out, None, "", 1)
+    _launch(operands, out, None, "", 1)
     return out
 
 
@@ -109,37 +111,25 @@ def quantises(columns: int, group: int) -> bool:
 
 
 def gathered_mm_quantised(
-    left: Tensor,
-    table: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    body: Tensor,
-    group: int,
-    format: str,
+    operands: GatheredOperands, body: Tensor, group: int, format: str
 ) -> None:
     """Fills `body`, uint8, with what mapl.ops.kernels.scaled makes of the product, to the nearest.
 
     The product itself is not written anywhere.
 
     Args:
-        left, table, ids, weight: as for `gathered_mm`.
+        operands: as for `gathered_mm`.
         body: scales, then codes.
         group: numbers that share a scale; see `quantises`.
         format: a key of `quantise.LARGEST`.
     """
-    _launch(left, table, ids, weight, left, body, format, group)
+    _launch(operands, operands.left, body, format, group)
 
 
 def _launch(
-    left: Tensor,
-    table: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    body: Tensor | None,
-    format: str,
-    group: int,
+    operands: GatheredOperands, out: Tensor, body: Tensor | None, format: str, group: int
 ) -> None:
+    left, table, ids, weight = operands
     (n, a), k, m = left.shape, table.size(1), weight.size(1)
     columns, warps = _tile_columns(m)
     grid = (triton.cdiv(n, _TILE_ROWS) * triton.cdiv(m, columns),)

@@ -6,74 +6,88 @@ and always give the same. Sequence numbers and header words are arguments of the
 is copied from the host.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
-from mapl.payload import HEADER_WORDS, WORD, PayloadLayout
 
 #: Words and ids that a program takes. The first programs do both.
 _WORDS = 1024
 _IDS = 1024
 
 
-def seal(layout: PayloadLayout, sequence: int, payload: Tensor, ids: Tensor | None) -> None:
+def seal(header: Sequence[int], payload: Tensor, ids: Tensor | None, id_size: int) -> None:
     """Writes header, ids and checksum around a body that stands in its place already.
 
     Args:
-        payload: uint8 [layout.total_bytes]. Its last word is 0, and so are the bytes between the
-            body and that.
-        ids: integers, `id_count` of them, or None.
+        header: its four words.
+        payload: uint8, as long as the header says. Its last word is 0, and so are the bytes between
+            the body and that.
+        ids: integers, or None.
+        id_size: bytes that one takes.
     """
     content = payload.view(torch.int64)
-    first, place, _, total = layout.header(sequence)
+    first, place, sequence, total = header
     _seal_payload[(triton.cdiv(len(content) - 1, _WORDS),)](
         content,
         content if ids is None else ids.contiguous(),
         sequence,
         place,
         total,
-        layout.id_count,
+        0 if ids is None else ids.numel(),
         FIRST=first,
-        ID_SIZE=0 if ids is None else layout.id_size,
+        ID_SIZE=0 if ids is None else id_size,
         BLOCK=_WORDS,
         num_warps=8,
     )
 
 
-def check(layout: PayloadLayout, sequence: int, payload: Tensor, mark: Tensor) -> Tensor | None:
-    """Makes `mark` the least of itself and `sequence` if the payload is not the one that is due.
+def check(
+    header: Sequence[int],
+    payload: Tensor,
+    mark: Tensor,
+    id_count: int,
+    id_size: int,
+    vocab_size: int,
+) -> Tensor | None:
+    """Makes `mark` the least of itself and the sequence number that is due if this is not it.
 
     Args:
-        payload: uint8 [layout.total_bytes].
+        header: the four words that are due.
+        payload: uint8, as long as they say.
         mark: int64, 0-dim.
+        id_count: how many token ids it carries.
+        id_size: bytes that one takes.
+        vocab_size: they are less than this.
 
     Returns:
         The ids int32 [id_count], clamped to the vocabulary, or None if it has none.
     """
     content = payload.view(torch.int64)
-    _, place, _, total = layout.header(sequence)
+    first, place, sequence, total = header
     ids = None
-    if layout.id_count:
-        ids = torch.empty(layout.id_count, dtype=torch.int32, device=payload.device)
+    if id_count:
+        ids = torch.empty(id_count, dtype=torch.int32, device=payload.device)
     # Not kept from payload to payload: those of two streams must not share it.
     state = torch.zeros(2, dtype=torch.int64, device=payload.device)
-    blocks = max(triton.cdiv(len(content), _WORDS), triton.cdiv(layout.id_count, _IDS))
+    blocks = max(triton.cdiv(len(content), _WORDS), triton.cdiv(id_count, _IDS))
     _check_payload[(blocks,)](
         content,
-        payload[HEADER_WORDS * WORD :],
+        payload[8 * len(header) :],
         content if ids is None else ids,
         state,
         mark,
         sequence,
         place,
         total,
-        layout.id_count,
-        layout.vocab_size - 1,
-        FIRST=layout.header(0)[0],
-        ID_SIZE=0 if ids is None else layout.id_size,
+        id_count,
+        vocab_size - 1,
+        FIRST=first,
+        ID_SIZE=0 if ids is None else id_size,
         BLOCK=_WORDS,
         IDS=_IDS,
         num_warps=8,
@@ -81,7 +95,7 @@ def check(layout: PayloadLayout, sequence: int, payload: Tensor, mark: Tensor) -
     return ids
 
 
-_HEADER = tl.constexpr(HEADER_WORDS)
+_HEADER = tl.constexpr(4)  # words
 
 
 @triton.jit

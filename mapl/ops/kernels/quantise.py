@@ -101,6 +101,25 @@ def code(ratio, chance, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def code_pairs(even, odd, pair, key, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """The codes of x / s at places 2 · pair and 2 · pair + 1, as `code` gives them.
+
+    Args:
+        even, odd: fp32, what `ratio` gives.
+        pair: which pair of the payload each is, in the order of the places.
+        key: int64, of the random numbers; read if STOCHASTIC.
+    """
+    if STOCHASTIC:
+        hash = hash64(key, pair)
+        low = code(even, chance_low(hash), FORMAT, True)
+        high = code(odd, chance_high(hash), FORMAT, True)
+    else:
+        low = code(even, even, FORMAT, False)
+        high = code(odd, odd, FORMAT, False)
+    return low, high
+
+
+@triton.jit
 def value(code, FORMAT: tl.constexpr):
     """The fp32 number q of a code (int32, zeros above its bits)."""
     if FORMAT == "e4m3":

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mapl.codecs.counter_random import signed
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise, scaled_ragged
 from mapl.ops.kernels.quantise import LARGEST
@@ -27,7 +26,8 @@ def encode(rows: Tensor, out: Tensor, group: int, format: str, stochastic: bool,
     Args:
         group: g ≤ w.
         format: a key of `quantise.LARGEST`.
-        stochastic: whether integers are rounded at random, with numbers that `key` gives.
+        stochastic: whether integers are rounded at random.
+        key: of the random numbers, an int64.
     """
     if not rows.numel():
         return
@@ -36,7 +36,7 @@ def encode(rows: Tensor, out: Tensor, group: int, format: str, stochastic: bool,
     count = len(rows) * -(-width // group)
     scales, codes = out[: 2 * count].view(torch.int16), out[2 * count :]
     if not _whole(width, group):
-        scaled_ragged.encode(rows, scales, codes, group, format, stochastic, signed(key))
+        scaled_ragged.encode(rows, scales, codes, group, format, stochastic, key)
         return
     block = max(1, _TILE // group)
     _encode_groups[(triton.cdiv(count, block),)](
@@ -44,7 +44,7 @@ def encode(rows: Tensor, out: Tensor, group: int, format: str, stochastic: bool,
         scales,
         codes,
         count,
-        signed(key),
+        key,
         GROUP=group,
         FORMAT=format,
         LARGEST=LARGEST[format],
@@ -104,13 +104,7 @@ def _encode_groups(
     ratio = quantise.ratio(x, quantise.from_bf16_bits(bits)[:, None], LARGEST)
     even, odd = tl.split(tl.reshape(ratio, [BLOCK, HALF, 2]))
     pair = group[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    if STOCHASTIC:
-        hash = quantise.hash64(key, pair)
-        low = quantise.code(even, quantise.chance_low(hash), FORMAT, True)
-        high = quantise.code(odd, quantise.chance_high(hash), FORMAT, True)
-    else:
-        low = quantise.code(even, even, FORMAT, False)
-        high = quantise.code(odd, odd, FORMAT, False)
+    low, high = quantise.code_pairs(even, odd, pair, key, FORMAT, STOCHASTIC)
     if FORMAT == "int4":
         tl.store(codes + pair, (low | high << 4).to(tl.uint8), mask=inside[:, None])
     else:

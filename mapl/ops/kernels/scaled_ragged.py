@@ -48,7 +48,7 @@ def encode(
         STOCHASTIC=stochastic,
         ROWS=_ROWS,
         BLOCK=max(1, _TILE // padded),
-        PAIRS=_TILE // 2,
+        TILE=_TILE,
     )
 
 
@@ -91,7 +91,7 @@ def _encode_ragged(
     STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     last = tl.minimum(first + ROWS, count)
@@ -106,72 +106,24 @@ def _encode_ragged(
         bits = quantise.scale_bits(tl.max(quantise.magnitude(x), 1), LARGEST)
         tl.store(scales + group, bits.to(tl.int16), mask=inside)
     tl.debug_barrier()  # other threads of the program read these scales
+    HALF: tl.constexpr = TILE // 2
     end = last * WIDTH
-    for start in range(0, ROWS * WIDTH, 2 * PAIRS):
-        pair = first * WIDTH // 2 + start // 2 + tl.arange(0, PAIRS)
-        low = _code_at(
-            rows,
-            scales,
-            2 * pair,
-            end,
-            WIDTH,
-            GROUP,
-            GROUPS,
-            FORMAT,
-            LARGEST,
-            STOCHASTIC,
-            key,
-            False,
-        )
-        high = _code_at(
-            rows,
-            scales,
-            2 * pair + 1,
-            end,
-            WIDTH,
-            GROUP,
-            GROUPS,
-            FORMAT,
-            LARGEST,
-            STOCHASTIC,
-            key,
-            True,
-        )
+    for start in range(0, ROWS * WIDTH, TILE):
+        place = first * WIDTH + start + tl.arange(0, TILE)
+        pair = first * WIDTH // 2 + start // 2 + tl.arange(0, HALF)
+        inside = place < end
+        x = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+        where = _scale_place(place, WIDTH, GROUP, GROUPS)
+        bits = tl.load(scales + where, mask=inside, other=0x3F80).to(tl.int32)
+        ratio = quantise.ratio(x, quantise.from_bf16_bits(bits), LARGEST)
+        even, odd = tl.split(tl.reshape(ratio, [HALF, 2]))
+        low, high = quantise.code_pairs(even, odd, pair, key, FORMAT, STOCHASTIC)
         if FORMAT == "int4":
+            high = tl.where(2 * pair + 1 < end, high, 0)
             tl.store(codes + pair, (low | high << 4).to(tl.uint8), mask=2 * pair < end)
         else:
-            tl.store(codes + 2 * pair, low.to(tl.uint8), mask=2 * pair < end)
-            tl.store(codes + 2 * pair + 1, high.to(tl.uint8), mask=2 * pair + 1 < end)
-
-
-@triton.jit
-def _code_at(
-    rows,
-    scales,
-    place,
-    end,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    LARGEST: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    key,
-    ODD: tl.constexpr,
-):
-    """The codes of some places, all even or all odd; 0 from `end` on."""
-    inside = place < end
-    x = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
-    where = _scale_place(place, WIDTH, GROUP, GROUPS)
-    bits = tl.load(scales + where, mask=inside, other=0x3F80).to(tl.int32)
-    ratio = quantise.ratio(x, quantise.from_bf16_bits(bits), LARGEST)
-    if STOCHASTIC:
-        hash = quantise.hash64(key, place // 2)
-        chance = quantise.chance_high(hash) if ODD else quantise.chance_low(hash)
-        code = quantise.code(ratio, chance, FORMAT, True)
-    else:
-        code = quantise.code(ratio, ratio, FORMAT, False)
-    return tl.where(inside, code, 0)
+            joined = tl.reshape(tl.join(low, high), [TILE])
+            tl.store(codes + place, joined.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -215,7 +167,7 @@ SPECIALISATIONS = [
             "STOCHASTIC": True,
             "ROWS": _ROWS,
             "BLOCK": _TILE // 64,
-            "PAIRS": _TILE // 2,
+            "TILE": _TILE,
         },
         divisible=("rows", "scales"),
     ),

@@ -35,8 +35,9 @@ from mapl.ops.kernels.spel_products import (
     TALL,
     TALL_OPTIONS,
 )
-from mapl.spel import HIGHEST_KERNEL_RATE
 
+#: The largest α: the polynomial that retracts needs it to be small.
+HIGHEST_RATE = 0.1
 #: PolarExpress's (a, b, c) as `mapl.stiefel.msign` has them, and the step after which G is renewed.
 POLAR_EXPRESS = (
     (8.2051, -22.9019, 16.4607),
@@ -149,7 +150,7 @@ class _Batch:
         correction = self._inverse_root(self._gram(y, y, products.FROM_IDENTITY))
         products.commit_kernel[self.tall_grid](
             self.y, correction, self.new_momentum, *self.a, *self.momentum, self.lr,
-            self.largest, self.distance, self.ok, HIGHEST_KERNEL_RATE, FURTHEST,
+            self.largest, self.distance, self.ok, HIGHEST_RATE, FURTHEST,
             self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
         )  # fmt: skip
         return self.ok
@@ -238,16 +239,25 @@ def _spread(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     first = matrices[0]
     offsets = tuple((m.data_ptr() - first.data_ptr()) // m.element_size() for m in matrices)
     key = offsets, first.device
+    captures = first.is_cuda and torch.cuda.is_current_stream_capturing()
     table = _tables.get(key)
     if table is None:
         # By fills: a copy from the host would wait for the device.
         rows = [torch.full((), at, dtype=torch.int64, device=first.device) for at in offsets]
         table = torch.stack(rows)
         # What is made while a graph is captured is filled at replay alone and is the graph's own.
-        if not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not captures:
+            if len(_tables) == _MOST_TABLES:
+                del _tables[next(iter(_tables))]  # the oldest
             _tables[key] = table
+    elif captures:
+        _read_by_graphs.add(table)
     return first, table
 
 
-#: Tables of offsets by those offsets and the device. A graph may hold them: none is ever dropped.
+#: Training takes six a shape, always the same; a caller with new gradients each step, ever others.
+_MOST_TABLES = 256
+#: Tables of offsets by those offsets and the device.
 _tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+#: Those whose memory a graph reads at each replay: never dropped.
+_read_by_graphs: set[Tensor] = set()
