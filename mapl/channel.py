@@ -2,7 +2,7 @@
 """One direction of one boundary, seen from either end: codec, frame, sequence number, bytes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,6 +22,9 @@ class Share:
 
 #: This process alone holds what it sends.
 WHOLE = Share(0, 1)
+
+#: A training run has few sizes of micro-batches; no more layouts than this are kept.
+_LAYOUTS = 16
 
 
 @dataclass
@@ -46,17 +49,26 @@ class Channel:
     share: Share = WHOLE
     sent: int = 0
     received: int = 0
+    _layouts: dict[tuple[PayloadLayout, int], PayloadLayout] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def layout_of(self, tokens: Sequence[int]) -> PayloadLayout:
         """The layout of this process's part of a micro-batch of token shape `tokens` = (s, b)."""
         return self._layout(tokens[0] * tokens[1] // self.share.count)
 
     def _layout(self, rows: int) -> PayloadLayout:
-        return replace(
-            self.layout,
-            parts=tuple(self.codec.parts(rows).items()),
-            id_count=rows if self.carries_ids else 0,
-        )
+        key = self.layout, rows
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) == _LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = replace(
+                self.layout,
+                parts=tuple(self.codec.parts(rows).items()),
+                id_count=rows if self.carries_ids else 0,
+            )
+        return layout
 
     def pack(
         self, tensor: torch.Tensor, ids: torch.Tensor | None, ledger: Ledger, uncompressed: int

@@ -17,7 +17,7 @@ What arrives is checked by payload_guard.py.
 
 import enum
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -61,25 +61,30 @@ class PayloadLayout:
     id_count: int = 0
     vocab_size: int = 1
 
-    @property
+    @cached_property
     def body_bytes(self) -> int:
         """Bytes of the body, without padding."""
         return sum(size for _, size in self.parts)
 
-    @property
+    @cached_property
     def id_size(self) -> int:
         """Bytes of one token id."""
         return id_size(self.vocab_size)
 
-    @property
+    @cached_property
     def id_bytes(self) -> int:
         """Bytes of the token ids, without padding."""
         return self.id_count * self.id_size
 
-    @property
+    @cached_property
+    def body_start(self) -> int:
+        """Where the body starts in the payload, in bytes."""
+        return (HEADER_WORDS + words(self.id_bytes)) * WORD
+
+    @cached_property
     def total_bytes(self) -> int:
         """Bytes of the whole payload."""
-        return (HEADER_WORDS + words(self.id_bytes) + words(self.body_bytes) + 1) * WORD
+        return self.body_start + (words(self.body_bytes) + 1) * WORD
 
     @property
     def frame_bytes(self) -> int:
@@ -131,8 +136,7 @@ def blank(layout: PayloadLayout, device: torch.device) -> torch.Tensor:
 
 def body_of(layout: PayloadLayout, payload: torch.Tensor) -> torch.Tensor:
     """The body, uint8 [body_bytes], as a view of the payload."""
-    start = (HEADER_WORDS + words(layout.id_bytes)) * WORD
-    return payload[start : start + layout.body_bytes]
+    return payload[layout.body_start : layout.body_start + layout.body_bytes]
 
 
 def seal(

@@ -7,19 +7,17 @@ Bytes are counted on the sending side, as a payload is packed. A ratio is always
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from mapl.payload import Direction, PayloadLayout
 
 
-@dataclass
 class Ledger:
     """What one process has sent."""
 
-    sent: dict[tuple[int, Direction], Counter[str]] = field(
-        default_factory=lambda: defaultdict(Counter)
-    )
+    def __init__(self) -> None:
+        # Payloads are many and alike: they are counted here, and summed up when somebody asks.
+        self._payloads: Counter[tuple[PayloadLayout, int, int]] = Counter()
 
     def count(self, layout: PayloadLayout, *, uncompressed: int, unsplit: int) -> None:
         """Books one payload.
@@ -30,14 +28,22 @@ class Ledger:
             unsplit: bytes that this process would have sent if it shared the work with no other
                 process that holds the same (tensor-parallel ranks, replicas).
         """
-        entry = self.sent[layout.boundary, layout.direction]
-        entry["header"] += layout.frame_bytes
-        entry["ids"] += layout.id_bytes
-        for kind, size in layout.parts:
-            entry[kind] += size
-        entry["uncompressed"] += uncompressed
-        entry["unsplit"] += unsplit
-        entry["payloads"] += 1
+        self._payloads[layout, uncompressed, unsplit] += 1
+
+    @property
+    def sent(self) -> dict[tuple[int, Direction], Counter[str]]:
+        """Boundary and direction → bytes by kind, and the number of payloads."""
+        sent: dict[tuple[int, Direction], Counter[str]] = defaultdict(Counter)
+        for (layout, uncompressed, unsplit), payloads in self._payloads.items():
+            entry = sent[layout.boundary, layout.direction]
+            entry["header"] += payloads * layout.frame_bytes
+            entry["ids"] += payloads * layout.id_bytes
+            for kind, size in layout.parts:
+                entry[kind] += payloads * size
+            entry["uncompressed"] += payloads * uncompressed
+            entry["unsplit"] += payloads * unsplit
+            entry["payloads"] += payloads
+        return dict(sent)
 
 
 def report(ledgers: Iterable[dict[tuple[int, Direction], Counter[str]]]) -> dict[str, Any]:

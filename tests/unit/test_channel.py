@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Channels and the ledger: both ends agree, and bytes declared are bytes sent."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,17 @@ def test_another_micro_batch_size_changes_the_size_on_both_ends() -> None:
         latent = torch.randn(*tokens, 7).bfloat16()
         payload = sender.pack(latent, torch.zeros(tokens, dtype=torch.long), Ledger(), 0)
         receiver.unpack([payload], torch.empty_like(latent), PayloadGuard())
+
+
+def test_layouts_are_kept_for_a_few_sizes_of_each_boundary() -> None:
+    channel, fresh = ends()
+    first = channel.layout_of((4, 2))
+    assert channel.layout_of((4, 2)) is first
+    for rows in range(1, 100):
+        assert channel.layout_of((rows, 1)) == fresh.layout_of((rows, 1))
+    assert len(channel._layouts) < 20
+    channel.layout = replace(channel.layout, boundary=1)
+    assert channel.layout_of((4, 2)) == replace(first, boundary=1)
 
 
 def test_a_codec_does_not_round_silently() -> None:
