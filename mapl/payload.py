@@ -82,9 +82,14 @@ class PayloadLayout:
         return (HEADER_WORDS + words(self.id_bytes)) * WORD
 
     @cached_property
+    def padding(self) -> int:
+        """Bytes between the body and the checksum."""
+        return -self.body_bytes % WORD
+
+    @cached_property
     def total_bytes(self) -> int:
         """Bytes of the whole payload."""
-        return self.body_start + (words(self.body_bytes) + 1) * WORD
+        return self.body_start + self.body_bytes + self.padding + WORD
 
     @property
     def frame_bytes(self) -> int:
@@ -124,14 +129,8 @@ def pack(
 
 
 def blank(layout: PayloadLayout, device: torch.device) -> torch.Tensor:
-    """A payload to be filled: uint8 [layout.total_bytes].
-
-    The padding behind the body is zero. Write the body into `body_of`, then `seal` it.
-    """
-    payload = torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
-    # The padding ends the last word but one; the checksum, the last, is summed up from 0.
-    payload.view(torch.int64)[-2:].zero_()
-    return payload
+    """A payload to be filled, uint8 [layout.total_bytes]: write the body, then `seal` it."""
+    return torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
 
 
 def body_of(layout: PayloadLayout, payload: torch.Tensor) -> torch.Tensor:
@@ -142,7 +141,7 @@ def body_of(layout: PayloadLayout, payload: torch.Tensor) -> torch.Tensor:
 def seal(
     layout: PayloadLayout, sequence: int, payload: torch.Tensor, ids: torch.Tensor | None = None
 ) -> None:
-    """Puts header, ids and checksum around the body of a payload that `blank` gave.
+    """Puts header, ids, padding and checksum around the body of a payload that `blank` gave.
 
     Args:
         ids: integers, `id_count` of them; None if there are none.
@@ -150,16 +149,15 @@ def seal(
     Raises:
         ValueError: there are more or fewer ids.
     """
-    if (0 if ids is None else ids.numel()) != layout.id_count:
-        raise ValueError(
-            f"{0 if ids is None else ids.numel()} token ids do not fit the layout's "
-            f"{layout.id_count}"
-        )
+    count = 0 if ids is None else ids.numel()
+    if count != layout.id_count:
+        raise ValueError(f"{count} token ids do not fit the layout's {layout.id_count}")
     if use_triton(payload):
         from mapl.ops.kernels import payload as kernels
 
-        kernels.seal(layout.header(sequence), payload, ids, layout.id_size)
+        kernels.seal(layout.header(sequence), payload, ids, layout.id_size, layout.padding)
         return
+    payload[layout.total_bytes - WORD - layout.padding : layout.total_bytes - WORD] = 0
     content = payload.view(torch.int64)
     content[:HEADER_WORDS] = header_on(layout, sequence, payload.device)
     if ids is not None:

@@ -226,7 +226,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("role", Role)
-def test_three_launches_each_way(monkeypatch, device, name, role):
+def test_two_launches_each_way(monkeypatch, device, name, role):
     sender, receiver = (channel(name, role, sends=s, share=Share(0, 1)) for s in (True, False))
     latent = torch.randn(3, 2, 48, device=device)
     ids = torch.randint(0, 70000, (3, 2), device=device)
@@ -236,8 +236,8 @@ def test_three_launches_each_way(monkeypatch, device, name, role):
     with monkeypatch.context() as patch:
         with Launches(patch) as sending:
             payload = sender.pack(latent, ids, Ledger(), 0)
-    assert sending.names == ["aten::zero_", "_encode_groups", "_seal_payload"]
+    assert sending.names == ["_encode_groups", "_seal_payload"]
     with monkeypatch.context() as patch:
         with Launches(patch) as receiving:
             receiver.unpack([payload], out, guard)
-    assert receiving.names == ["aten::zeros", "_check_payload", "_decode_groups"]
+    assert receiving.names == ["_check_payload", "_decode_groups"]

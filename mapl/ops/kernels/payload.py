@@ -7,6 +7,7 @@ is copied from the host.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -20,25 +21,28 @@ _WORDS = 1024
 _IDS = 1024
 
 
-def seal(header: Sequence[int], payload: Tensor, ids: Tensor | None, id_size: int) -> None:
-    """Writes header, ids and checksum around a body that stands in its place already.
+def seal(
+    header: Sequence[int], payload: Tensor, ids: Tensor | None, id_size: int, padding: int
+) -> None:
+    """Writes header, ids, zeros behind the body and the checksum.
 
     Args:
         header: its four words.
-        payload: uint8, as long as the header says. Its last word is 0, and so are the bytes between
-            the body and that.
+        payload: uint8, as long as the header says; its body stands in its place already.
         ids: integers, or None.
         id_size: bytes that one takes.
+        padding: bytes between the body and the checksum.
     """
-    content = payload.view(torch.int64)
     first, place, sequence, total = header
-    _seal_payload[(triton.cdiv(len(content) - 1, _WORDS),)](
-        content,
-        content if ids is None else ids.contiguous(),
+    _seal_payload[(-(-(total - 8) // (8 * _WORDS)),)](
+        payload,
+        payload if ids is None else ids.contiguous(),
+        _sums(payload),
         sequence,
         place,
         total,
         0 if ids is None else ids.numel(),
+        padding,
         FIRST=first,
         ID_SIZE=0 if ids is None else id_size,
         BLOCK=_WORDS,
@@ -67,19 +71,14 @@ def check(
     Returns:
         The ids int32 [id_count], clamped to the vocabulary, or None if it has none.
     """
-    content = payload.view(torch.int64)
     first, place, sequence, total = header
     ids = None
     if id_count:
         ids = torch.empty(id_count, dtype=torch.int32, device=payload.device)
-    # Not kept from payload to payload: those of two streams must not share it.
-    state = torch.zeros(2, dtype=torch.int64, device=payload.device)
-    blocks = max(triton.cdiv(len(content), _WORDS), triton.cdiv(id_count, _IDS))
-    _check_payload[(blocks,)](
-        content,
-        payload[8 * len(header) :],
-        content if ids is None else ids,
-        state,
+    _check_payload[(max(-(-total // (8 * _WORDS)), -(-id_count // _IDS)),)](
+        payload,
+        payload if ids is None else ids,
+        _sums(payload),
         mark,
         sequence,
         place,
@@ -95,6 +94,25 @@ def check(
     return ids
 
 
+def _sums(payload: Tensor) -> Tensor:
+    """Where a launch sums up: int64 [2], zeros, which it leaves behind as zeros.
+
+    Launches on one stream come one after the other; those of two must not share it. A captured
+    graph may be replayed on any stream, and gets its own.
+    """
+    device = payload.device
+    if device.type != "cuda":
+        return _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _zeros.__wrapped__(device, 0)
+    return _zeros(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+@cache
+def _zeros(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int64, device=device)
+
+
 _HEADER = tl.constexpr(4)  # words
 
 
@@ -107,24 +125,38 @@ def _header(word, sequence, place, total, FIRST: tl.constexpr):
     return tl.where(word == 3, zero + total, header)
 
 
-@triton.jit(do_not_specialize=["sequence", "place", "total", "id_count"])
+@triton.jit
+def _as_words(payload):
+    return payload.to(tl.pointer_type(tl.int64), bitcast=True)
+
+
+@triton.jit(do_not_specialize=["sequence", "place", "total", "id_count", "padding"])
 def _seal_payload(
-    content,
+    payload,
     ids,
+    sums,
     sequence,
     place,
     total,
     id_count,
+    padding,
     FIRST: tl.constexpr,
     ID_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    content = _as_words(payload)
     closing = total // 8 - 1
     body = _HEADER + (id_count * ID_SIZE + 7) // 8
     start = tl.program_id(0) * BLOCK
     word = start + tl.arange(0, BLOCK)
     inside = (word >= body) & (word < closing)
     value = tl.load(content + word, mask=inside, other=0)
+    is_last = (word == closing - 1) & (padding > 0)
+    unused = tl.where(is_last, 8 * padding, 0).to(tl.int64)
+    value = ((value << unused).to(tl.uint64, bitcast=True) >> unused.to(tl.uint64)).to(
+        tl.int64, bitcast=True
+    )
+    tl.store(content + word, value, mask=is_last)
     if start < body:
         if ID_SIZE > 0:
             for byte in tl.static_range(8):
@@ -137,15 +169,18 @@ def _seal_payload(
         header = _header(word, sequence, place, total, FIRST)
         value = tl.where(word < _HEADER, header, value)
         tl.store(content + word, value, mask=word < body)
-    tl.atomic_add(content + closing, tl.sum(value * (2 * word + 1).to(tl.int64)))
+    tl.atomic_add(sums, tl.sum(value * (2 * word + 1).to(tl.int64)))
+    # Whoever comes last finds the whole sum.
+    if tl.atomic_add(sums + 1, 1) == tl.num_programs(0) - 1:
+        tl.store(content + closing, tl.atomic_xchg(sums, 0))
+        tl.atomic_xchg(sums + 1, 0)
 
 
 @triton.jit(do_not_specialize=["sequence", "place", "total", "id_count", "last_id"])
 def _check_payload(
-    content,
-    id_bytes,
+    payload,
     ids,
-    state,
+    sums,
     mark,
     sequence,
     place,
@@ -157,6 +192,7 @@ def _check_payload(
     BLOCK: tl.constexpr,
     IDS: tl.constexpr,
 ):
+    content = _as_words(payload)
     closing = total // 8 - 1
     program = tl.program_id(0)
     word = program * BLOCK + tl.arange(0, BLOCK)
@@ -169,41 +205,41 @@ def _check_payload(
             carried = which < id_count
             found = tl.zeros([IDS], tl.int32)
             for byte in tl.static_range(ID_SIZE):
-                part = tl.load(id_bytes + which * ID_SIZE + byte, mask=carried, other=0)
+                place_of = payload + 8 * _HEADER + which * ID_SIZE + byte
+                part = tl.load(place_of, mask=carried, other=0)
                 found = found | (part.to(tl.int32) << (8 * byte))
             faults += tl.sum(((found < 0) | (found > last_id)).to(tl.int32))
             found = tl.minimum(tl.maximum(found, 0), last_id).to(tl.int32)
             tl.store(ids + which, found, mask=carried)
     due = tl.zeros([1], tl.int64) + sequence
     tl.atomic_min(mark + tl.zeros([1], tl.int32), due, mask=faults > 0)
-    tl.atomic_add(state, tl.sum(value * (2 * word + 1).to(tl.int64)))
+    tl.atomic_add(sums, tl.sum(value * (2 * word + 1).to(tl.int64)))
     # Whoever comes last finds the whole sum.
-    if tl.atomic_add(state + 1, 1) == tl.num_programs(0) - 1:
-        differs = tl.atomic_add(state, 0) != tl.load(content + closing)
+    if tl.atomic_add(sums + 1, 1) == tl.num_programs(0) - 1:
+        differs = tl.atomic_xchg(sums, 0) != tl.load(content + closing)
         tl.atomic_min(mark + tl.zeros([1], tl.int32), due, mask=differs)
+        tl.atomic_xchg(sums + 1, 0)
 
 
+_POINTERS = {"payload": "*u8", "ids": "*i32", "sums": "*i64"}
 _SCALARS = dict.fromkeys(("sequence", "place", "total", "id_count"), "i32")
 
 SPECIALISATIONS = [
     Specialisation(
         _seal_payload,
-        {"content": "*i64", "ids": "*i64", **_SCALARS},
+        {**_POINTERS, **_SCALARS, "padding": "i32"},
         {"FIRST": 1 << 32, "ID_SIZE": size, "BLOCK": _WORDS},
         {"num_warps": 8},
-        divisible=("content", "ids"),
+        divisible=tuple(_POINTERS),
     )
     for size in (0, 2, 3)
 ] + [
     Specialisation(
         _check_payload,
-        {
-            **{"content": "*i64", "id_bytes": "*u8", "ids": "*i32", "state": "*i64"},
-            **{"mark": "*i64", **_SCALARS, "last_id": "i32"},
-        },
+        {**_POINTERS, "mark": "*i64", **_SCALARS, "last_id": "i32"},
         {"FIRST": 1 << 32, "ID_SIZE": size, "BLOCK": _WORDS, "IDS": _IDS},
         {"num_warps": 8},
-        divisible=("content", "id_bytes", "ids", "state", "mark"),
+        divisible=(*_POINTERS, "mark"),
     )
     for size in (0, 2, 3)
 ]
