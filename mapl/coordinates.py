@@ -26,7 +26,7 @@ class Coordinates:
     Attributes:
         table: as given.
         shape: that of C.
-        ids: int64 [n], flat.
+        ids: int32 or int64 [n], flat.
 
     Raises:
         ValueError: ids that are not integers.
@@ -36,7 +36,8 @@ class Coordinates:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"token ids must be integers, got {ids.dtype}")
         self.table, self.shape = table, (*ids.shape, table.size(1))
-        self.ids = ids.flatten().long()
+        flat = ids.flatten()
+        self.ids = flat if flat.dtype in (torch.int32, torch.int64) else flat.long()
         self._order = TokenOrder(self.ids)
         self._used = False
         self._waiting: Tensor | None = None  # the dC of another use, which comes with the last
@@ -66,7 +67,7 @@ class Coordinates:
 
     def rows(self, table: Tensor | None = None) -> Tensor:
         """C as a matrix [n, k], of the table or of a cast of it; no gradient."""
-        return F.embedding(self.ids, (self.table if table is None else table).detach())
+        return torch.embedding((self.table if table is None else table).detach(), self.ids)
 
     def is_first_use(self) -> bool:
         """Whether this is the first use that a backward pass will come to, and so its last."""

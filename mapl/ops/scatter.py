@@ -14,6 +14,9 @@ from torch import Tensor
 from mapl.ops.dispatch import use_triton
 from mapl.ops.gathered_operands import row_contiguous
 
+#: So many ids are sorted by a kernel that compares each with every other; more are by torch.
+_FEW = 8192
+
 
 class TokenOrder:
     """Token ids, and the same in ascending order once somebody asks for it.
@@ -28,8 +31,10 @@ class TokenOrder:
         self._ready: torch.cuda.Event | None = None
 
     def start(self) -> None:
-        """Sorts beside what the GPU does next: sorting takes long, but little of the GPU."""
-        if not (self.ids.is_cuda and use_triton(self.ids)) or self._sorted is not None:
+        """Sorts many ids beside what the GPU does next: that takes long, but little of the GPU."""
+        if self.ids.numel() <= _FEW or self._sorted is not None:
+            return
+        if not (self.ids.is_cuda and use_triton(self.ids)):
             return
         stream = _side_stream(self.ids.device)
         stream.wait_stream(torch.cuda.current_stream(self.ids.device))
@@ -40,7 +45,7 @@ class TokenOrder:
 
     @property
     def ascending(self) -> tuple[Tensor, Tensor]:
-        """The sorted ids, int32 [n], and where each stood, int64 [n]; equal ids in order."""
+        """The sorted ids, int32 [n], and where each stood, [n] integers; equal ids in order."""
         if self._sorted is None:
             self._sorted = self._sort()
         if self._ready is not None:
@@ -51,6 +56,10 @@ class TokenOrder:
         return self._sorted
 
     def _sort(self) -> tuple[Tensor, Tensor]:
+        if self.ids.numel() <= _FEW and use_triton(self.ids):
+            from mapl.ops.kernels.scatter import ascending
+
+            return ascending(self.ids)
         ids, places = torch.sort(self.ids.to(torch.int32), stable=True)
         return ids, places
 

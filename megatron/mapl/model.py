@@ -95,10 +95,11 @@ class StageBoundaries(nn.Module):
         return self._runtime.plan.hidden_size * self._runtime.pipeline_dtype.itemsize
 
     def local_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [b, s] cut and turned as activations are: [s, b], s shared over TP under SP."""
+        """Token ids [b, s] as activations are: int32 [s, b], s shared over TP under SP."""
         if self.sequence_parallel:
             input_ids = input_ids.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
-        return input_ids.t().contiguous()
+        ids = input_ids.t().to(torch.int32, memory_format=torch.contiguous_format)
+        return ids.contiguous()  # which those that were int32 before need not be
 
     def start(self, input_ids: torch.Tensor) -> None:
         """First stage: keeps the micro-batch's ids for the outlet."""

@@ -81,6 +81,21 @@ def test_same_bits_each_time(device):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("case", [*IDS, "like text"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_order_is_that_of_a_stable_sort(case, dtype, few, device, monkeypatch):
+    monkeypatch.setattr("mapl.ops.scatter._FEW", few)
+    ids = IDS[case] if case in IDS else common_and_rare(1100)
+    ids = ids[torch.randperm(len(ids))].to(device, dtype)
+    ids[0] = 2**31 - 1
+    order = TokenOrder(ids)
+    order.start()
+    expected = ids.sort(stable=True)
+    for found, due in zip(order.ascending, expected, strict=True):
+        assert torch.equal(found.long(), due.long())
+
+
 def test_ids_are_sorted_once(device):
     order = TokenOrder(torch.tensor([3, 1, 3, 0], device=device))
     ids, places = order.ascending
