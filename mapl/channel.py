@@ -140,4 +140,5 @@ class Channel:
         return bodies, (ids[0] if len(ids) == 1 else torch.cat(ids)).view(*tokens)
 
     def _own(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.chunk(self.share.count)[self.share.index]
+        share = self.share
+        return rows if share.count == 1 else rows.chunk(share.count)[share.index]

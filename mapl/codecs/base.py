@@ -71,7 +71,8 @@ class Codec(nn.Module):
             out: [n, w] in the model's dtype, filled in place.
             number: as for `encode`.
         """
-        for body, rows in zip(bodies, out.chunk(len(bodies)), strict=True):
+        shares = out.chunk(len(bodies)) if len(bodies) > 1 else (out,)
+        for body, rows in zip(bodies, shares, strict=True):
             self.decode_rows(body, rows)
 
     def product_into(self, out: Tensor, number: int, operands: GatheredOperands) -> Tensor:

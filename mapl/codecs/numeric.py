@@ -28,12 +28,20 @@ class DtypeCodec(Codec):
         Raises:
             ValueError: the rows have another dtype, so that sending them would round.
         """
-        if rows.dtype != self.dtype:
-            raise ValueError(f"a tensor of {rows.dtype} was given to a codec for {self.dtype}")
+        self._check_dtype(rows)
         return rows.detach().contiguous().flatten().view(torch.uint8)
+
+    def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
+        """See `Codec` and `encode`."""
+        self._check_dtype(rows)
+        out.view(self.dtype).view(rows.shape).copy_(rows.detach())
 
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
         out.detach().copy_(body.view(self.dtype).view(out.shape))
+
+    def _check_dtype(self, rows: Tensor) -> None:
+        if rows.dtype != self.dtype:
+            raise ValueError(f"a tensor of {rows.dtype} was given to a codec for {self.dtype}")
 
     def error_bound(self, rows: Tensor) -> Tensor:
         """See `Codec`: 0."""

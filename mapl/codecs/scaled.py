@@ -86,7 +86,6 @@ class ScaledCodec(Codec):
         ratio.clamp_(-self.largest_code, self.largest_code)
         return torch.cat([as_bytes(scales), self._to_codes(ratio, number)])
 
-    @torch.no_grad()
     def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
         if not use_triton(rows):
             super().encode_into(rows, number, out)

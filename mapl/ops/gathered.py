@@ -27,11 +27,13 @@ def gathered_mm(operands: GatheredOperands) -> Tensor:
     """
     operands = operands.row_contiguous()
     left, table, ids, weight = operands
-    if has_kernels(left) and weight.size(1) > KERNEL_COLUMNS:
+    if not has_kernels(left):
+        return reference_gathered_mm(operands)
+    if weight.size(1) > KERNEL_COLUMNS:
         from mapl.ops.kernels.side_by_side import side_by_side
 
         return torch.mm(side_by_side(left, table, ids), weight)
-    if has_kernels(left) and runs_gemms(left):
+    if runs_gemms(left):
         from mapl.ops.kernels import gathered
 
         return gathered.gathered_mm(operands)

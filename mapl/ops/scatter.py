@@ -69,7 +69,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@torch.no_grad()
 def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor, more: Tensor | None = None) -> None:
     """total[ids[i]] += rows[i] + more[i] for each i, in fp32.
 
@@ -94,6 +93,7 @@ def scatter_add(total: Tensor, order: TokenOrder, rows: Tensor, more: Tensor | N
         reference_scatter_add(total, order.ids, rows, more)
 
 
+@torch.no_grad()
 def reference_scatter_add(
     total: Tensor, ids: Tensor, rows: Tensor, more: Tensor | None = None
 ) -> None:

@@ -9,6 +9,7 @@ end of the one that it sends to (outlet). Two hooks around the chunk's forward p
 2. after: the outlet encodes the decoder's output X into Z, with the payload that is to be sent.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,14 @@ VOCABULARY_TABLES = (".E", ".table")
 
 #: The attribute by which the optimizer knows an anchor table.
 ANCHOR_TAG = "is_mapl_anchor"
+
+
+@dataclass
+class _MicroBatch:
+    """The one that is in a stage; no attributes of the module, which takes long to set its own."""
+
+    ids: torch.Tensor | None = None
+    coordinates: Coordinates | None = None
 
 
 class StageBoundaries(nn.Module):
@@ -86,13 +95,9 @@ class StageBoundaries(nn.Module):
         self.load_sources: dict[str, str] | None = None
         self.table_readers: dict[str, int] = {}
         self._runtime = runtime
-        self._ids: torch.Tensor | None = None
-        self._shared_coordinates: Coordinates | None = None
-
-    @property
-    def _token_bytes(self) -> int:
-        """Bytes of one token's activation without MAPL."""
-        return self._runtime.plan.hidden_size * self._runtime.pipeline_dtype.itemsize
+        #: Bytes of one token's activation without MAPL.
+        self._token_bytes = runtime.plan.hidden_size * runtime.pipeline_dtype.itemsize
+        self._micro_batch = _MicroBatch()
 
     def local_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [b, s] as activations are: int32 [s, b], s shared over TP under SP."""
@@ -103,7 +108,7 @@ class StageBoundaries(nn.Module):
 
     def start(self, input_ids: torch.Tensor) -> None:
         """First stage: keeps the micro-batch's ids for the outlet."""
-        self._set_ids(self.local_ids(input_ids))
+        self._enter(self.local_ids(input_ids))
 
     def receive(self, latent: torch.Tensor) -> torch.Tensor:
         """Decodes what arrived at the inlet.
@@ -121,15 +126,16 @@ class StageBoundaries(nn.Module):
         payloads = self._gathered(channel, payload)
         if latent.requires_grad and torch.is_grad_enabled():
             latent.register_post_accumulate_grad_hook(self._pack_gradient)
-        if port.projector is None or self.anchor.basis is None:
-            self._set_ids(channel.unpack(payloads, latent, self._runtime.guard))
-            if port.projector is None:
+        projector, basis = port.projector, self.anchor.basis
+        if projector is None or basis is None:
+            self._enter(channel.unpack(payloads, latent, self._runtime.guard))
+            if projector is None:
                 return latent
-            return decode(latent, self._coordinates(), None, port.projector)
+            return decode(latent, self._coordinates(), None, projector)
         bodies, ids = channel.check(payloads, tokens, self._runtime.guard)
-        self._set_ids(ids)
+        self._enter(ids)
         product = partial(channel.codec.product_from, bodies, channel.received - 1)
-        return decode(latent, self._coordinates(), self.anchor.basis, port.projector, product)
+        return decode(latent, self._coordinates(), basis, projector, product)
 
     def send(self, hidden: torch.Tensor) -> torch.Tensor:
         """Encodes the stage's output for the outlet.
@@ -142,40 +148,42 @@ class StageBoundaries(nn.Module):
         """
         port = self.outlet
         assert port is not None
-        channel, tokens, projector = port.forward_channel, hidden.shape[:2], port.projector
+        channel, tokens = port.forward_channel, hidden.shape[:2]
+        projector, basis = port.projector, self.anchor.basis
         booked = self._runtime.ledger, tokens[0] * tokens[1] * self._token_bytes
+        ids = self._micro_batch.ids
         if projector is not None and self.measure_energy:
-            self.energy = energy_kept(hidden, self._coordinates(), self.anchor.basis, projector)
+            self.energy = energy_kept(hidden, self._coordinates(), basis, projector)
         latent = hidden
-        if projector is None or self.anchor.basis is None or channel.share != WHOLE:
+        if projector is None or basis is None or channel.share != WHOLE:
             if projector is not None:
-                latent = encode(hidden, self._coordinates(), self.anchor.basis, projector)
-            payload = channel.pack(latent, self._ids, *booked)
+                latent = encode(hidden, self._coordinates(), basis, projector)
+            payload = channel.pack(latent, ids, *booked)
         else:
 
             def fill(body: torch.Tensor) -> None:
                 nonlocal latent
                 product = partial(channel.codec.product_into, body, channel.sent)
-                latent = encode(hidden, self._coordinates(), self.anchor.basis, projector, product)
+                latent = encode(hidden, self._coordinates(), basis, projector, product)
 
-            payload = channel.pack_body(fill, tokens, hidden.device, self._ids, *booked)
+            payload = channel.pack_body(fill, tokens, hidden.device, ids, *booked)
         setattr(latent, PAYLOAD, payload)
         if latent.requires_grad:
             latent.register_hook(self._unpack_gradient)
-        self._set_ids(None)
+        self._enter(None)
         return latent
 
     def _coordinates(self) -> Coordinates | None:
         """Those of the micro-batch that is in this stage; its decoder and encoder share them."""
-        if not self.anchor.uses_ids:
-            return None
-        if self._shared_coordinates is None:
-            assert self._ids is not None
-            self._shared_coordinates = self.anchor.coordinates(self._ids)
-        return self._shared_coordinates
+        anchor, current = self.anchor, self._micro_batch
+        if current.coordinates is None and anchor.uses_ids:
+            assert current.ids is not None
+            current.coordinates = anchor.coordinates(current.ids)
+        return current.coordinates
 
-    def _set_ids(self, ids: torch.Tensor | None) -> None:
-        self._ids, self._shared_coordinates = ids, None
+    def _enter(self, ids: torch.Tensor | None) -> None:
+        """Begins a micro-batch, whose ids are given, or ends the last one."""
+        self._micro_batch.ids, self._micro_batch.coordinates = ids, None
 
     def _pack_gradient(self, latent: torch.Tensor) -> None:
         port, gradient = self.inlet, latent.grad
