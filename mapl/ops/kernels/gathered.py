@@ -14,6 +14,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.gathered_operands import GatheredOperands
 from mapl.ops.kernels import quantise
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 _INNER = 64  # numbers of the contracted dimension in one step of the GEMM
 _TILE_ROWS = 128
@@ -99,7 +100,7 @@ def gathered_mm_kernel(
 def gathered_mm(operands: GatheredOperands) -> Tensor:
     """See `mapl.ops.gathered.gathered_mm`; left's rows are contiguous."""
     left, weight = operands.left, operands.weight
-    out = torch.empty(len(left), weight.size(1), dtype=left.dtype, device=left.device)
+    out = torch.empty(left.size(0), weight.size(1), dtype=left.dtype, device=left.device)
     _launch(operands, out, None, "", 1)
     return out
 
@@ -132,7 +133,7 @@ def _launch(
     left, table, ids, weight = operands
     (n, a), k, m = left.shape, table.size(1), weight.size(1)
     columns, warps = _tile_columns(m)
-    grid = (triton.cdiv(n, _TILE_ROWS) * triton.cdiv(m, columns),)
+    grid = (cdiv(n, _TILE_ROWS) * cdiv(m, columns),)
     even = a % _INNER == 0 and k % _INNER == 0 and m % columns == 0
     scales = codes = None
     if body is not None:
@@ -148,7 +149,7 @@ def _launch(
 
 def _tile_columns(m: int) -> tuple[int, int]:
     """Columns of a tile, as many as the result has up to 256, and warps for it."""
-    columns = min(256, max(16, triton.next_power_of_2(m)))
+    columns = min(256, max(16, next_power_of_2(m)))
     return columns, 8 if columns > 64 else 4
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.sizes import cdiv
 
 #: Words and ids that a program takes. The first programs do both.
 _WORDS = 1024
@@ -34,7 +35,7 @@ def seal(
         padding: bytes between the body and the checksum.
     """
     first, place, sequence, total = header
-    _seal_payload[(-(-(total - 8) // (8 * _WORDS)),)](
+    _seal_payload[(cdiv(total - 8, 8 * _WORDS),)](
         payload,
         payload if ids is None else ids.contiguous(),
         _sums(payload),
@@ -75,7 +76,7 @@ def check(
     ids = None
     if id_count:
         ids = torch.empty(id_count, dtype=torch.int32, device=payload.device)
-    _check_payload[(max(-(-total // (8 * _WORDS)), -(-id_count // _IDS)),)](
+    _check_payload[(max(cdiv(total, 8 * _WORDS), cdiv(id_count, _IDS)),)](
         payload,
         payload if ids is None else ids,
         _sums(payload),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Rows of a program of the search, codes that it compares at once, and warps that do so. The scores
 #: take ROWS · CHUNK / (32 · WARPS) registers of a thread.
@@ -59,20 +60,20 @@ def encode(
     if not count:
         return
     rows, bits = rows.detach().contiguous(), scales.view(torch.int16)
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     few = max(1, _TILE // padded)
-    _row_scales[(triton.cdiv(count, few),)](rows, bits, count, WIDTH=width, PADDED=padded, ROWS=few)
+    _row_scales[(cdiv(count, few),)](rows, bits, count, WIDTH=width, PADDED=padded, ROWS=few)
     groups, rounds, entries, size = codebook.shape
     half_norms = torch.empty(codebook.shape[:3], dtype=torch.float32, device=rows.device)
-    padded = triton.next_power_of_2(size)
+    padded = next_power_of_2(size)
     block = _TILE // padded
-    _half_norms[(triton.cdiv(half_norms.numel(), block),)](
+    _half_norms[(cdiv(half_norms.numel(), block),)](
         codebook, half_norms, half_norms.numel(), SIZE=size, PADDED=padded, BLOCK=block
     )
     dot = max(16, 2 * padded)
     chunk = _CHUNK if dot <= _NARROW else _CHUNK // 2
     counts, sums = statistics or (codebook, codebook)
-    _search[(triton.cdiv(count, _ROWS), groups)](
+    _search[(cdiv(count, _ROWS), groups)](
         rows,
         bits,
         codebook,
@@ -108,7 +109,7 @@ def decode(scales: Tensor, codes: Tensor, codebook: Tensor, out: Tensor) -> None
     if not out.numel():
         return
     groups, rounds, entries, size = codebook.shape
-    _reconstruct[(triton.cdiv(out.numel(), _TILE),)](
+    _reconstruct[(cdiv(out.numel(), _TILE),)](
         scales.view(torch.int16),
         codes,
         codebook,

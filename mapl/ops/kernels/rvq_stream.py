@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Numbers that a program takes.
 _TILE = 1024
@@ -47,10 +48,10 @@ def take(codebook: Tensor, due: Tensor, theirs: slice, body: Tensor) -> None:
 def _launch(kernel, codebook: Tensor, *args, **constants: float) -> None:
     *tensors, due, mine, body = args
     groups, rounds, codes, size = codebook.shape
-    padded = triton.next_power_of_2(size)
+    padded = next_power_of_2(size)
     block = max(1, _TILE // padded)
     count = groups * rounds * len(due)
-    kernel[(triton.cdiv(count, block),)](
+    kernel[(cdiv(count, block),)](
         codebook,
         *tensors,
         due,

@@ -15,6 +15,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise, scaled_ragged
 from mapl.ops.kernels.quantise import LARGEST
+from mapl.ops.sizes import cdiv
 
 #: Numbers that a program takes.
 _TILE = 2048
@@ -33,13 +34,13 @@ def encode(rows: Tensor, out: Tensor, group: int, format: str, stochastic: bool,
         return
     rows = rows.detach().contiguous()
     width = rows.shape[1]
-    count = len(rows) * -(-width // group)
+    count = rows.size(0) * -(-width // group)
     scales, codes = out[: 2 * count].view(torch.int16), out[2 * count :]
     if not _whole(width, group):
         scaled_ragged.encode(rows, scales, codes, group, format, stochastic, key)
         return
     block = max(1, _TILE // group)
-    _encode_groups[(triton.cdiv(count, block),)](
+    _encode_groups[(cdiv(count, block),)](
         rows,
         scales,
         codes,
@@ -59,13 +60,13 @@ def decode(body: Tensor, out: Tensor, group: int, format: str) -> None:
         return
     out = out.detach()
     width = out.shape[1]
-    count = len(out) * -(-width // group)
+    count = out.size(0) * -(-width // group)
     scales, codes = body[: 2 * count].view(torch.int16), body[2 * count :]
     if not _whole(width, group):
         scaled_ragged.decode(scales, codes, out, group, format)
         return
     block = max(1, _TILE // group)
-    _decode_groups[(triton.cdiv(count, block),)](
+    _decode_groups[(cdiv(count, block),)](
         scales,
         codes,
         out,

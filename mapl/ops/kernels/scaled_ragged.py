@@ -16,6 +16,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
 from mapl.ops.kernels.quantise import LARGEST
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Numbers that a program holds at once.
 _TILE = 1024
@@ -32,16 +33,16 @@ def encode(
     key: int,
 ) -> None:
     """See scaled.encode: `rows` [n, w] contiguous, `scales` int16 [n G], `codes` uint8."""
-    padded = triton.next_power_of_2(group)
-    _encode_ragged[(triton.cdiv(len(rows), _ROWS),)](
+    padded = next_power_of_2(group)
+    _encode_ragged[(cdiv(rows.size(0), _ROWS),)](
         rows,
         scales,
         codes,
-        len(rows),
+        rows.size(0),
         key,
         WIDTH=rows.shape[1],
         GROUP=group,
-        GROUPS=triton.cdiv(rows.shape[1], group),
+        GROUPS=cdiv(rows.shape[1], group),
         PADDED=padded,
         FORMAT=format,
         LARGEST=LARGEST[format],
@@ -54,14 +55,14 @@ def encode(
 
 def decode(scales: Tensor, codes: Tensor, out: Tensor, group: int, format: str) -> None:
     """See scaled.decode: `scales` int16 [n G], `codes` uint8, `out` [n, w] contiguous."""
-    _decode_ragged[(triton.cdiv(out.numel(), _TILE),)](
+    _decode_ragged[(cdiv(out.numel(), _TILE),)](
         scales,
         codes,
         out,
         out.numel(),
         WIDTH=out.shape[1],
         GROUP=group,
-        GROUPS=triton.cdiv(out.shape[1], group),
+        GROUPS=cdiv(out.shape[1], group),
         FORMAT=format,
         LIMIT=torch.finfo(out.dtype).max,
         BLOCK=_TILE,

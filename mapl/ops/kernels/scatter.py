@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 _CHUNK = 32
 _COLUMNS = 256
@@ -147,7 +148,7 @@ def ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
     sorted_ids = torch.empty(n, dtype=torch.int32, device=ids.device)
     places = torch.empty_like(sorted_ids)
     sizes = {"OWN": _OWN, "OTHERS": _OTHERS, "num_warps": 4}
-    ascending_kernel[(-(-n // _OWN),)](ids, sorted_ids, places, n, **sizes)
+    ascending_kernel[(cdiv(n, _OWN),)](ids, sorted_ids, places, n, **sizes)
     return sorted_ids, places
 
 
@@ -156,10 +157,10 @@ def scatter_add(
 ) -> None:
     """See `mapl.ops.scatter.scatter_add`; ids ascending, places where each stood."""
     n, k = rows.shape
-    chunks = -(-n // _CHUNK)
-    columns = min(_COLUMNS, max(16, 1 << (k - 1).bit_length()))
+    chunks = cdiv(n, _CHUNK)
+    columns = min(_COLUMNS, max(16, next_power_of_2(k)))
     parts = torch.empty(2, chunks, k, dtype=torch.float32, device=rows.device)
-    grid = (chunks, -(-k // columns))
+    grid = (chunks, cdiv(k, columns))
     sizes = {"CHUNK": _CHUNK, "COLUMNS": columns, "num_warps": 4}
     more_stride = 0 if more is None else more.stride(0)
     scatter_add_kernel[grid](

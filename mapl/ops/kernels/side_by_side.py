@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     out = _empty(left, table)
     r, k = left.size(1), table.size(1)
     settings = _settings(r, k)
-    side_by_side_kernel[(len(left),)](left, table, ids, out, r, k, left.stride(0), **settings)
+    side_by_side_kernel[(left.size(0),)](left, table, ids, out, r, k, left.stride(0), **settings)
     return out
 
 
@@ -139,11 +140,11 @@ def from_scaled(
     """
     out = _empty(z, table)
     (n, r), k = z.shape, table.size(1)
-    scale_bytes = 2 * n * triton.cdiv(r, group)
+    scale_bytes = 2 * n * cdiv(r, group)
     scaled_kernel[(n,)](
         body[:scale_bytes].view(torch.int16), body[scale_bytes:], z, table, ids, out, r, k,
         FORMAT=format, GROUP=group, LIMIT=torch.finfo(z.dtype).max,
-        LATENT=triton.next_power_of_2(r), **_settings(r, k),
+        LATENT=next_power_of_2(r), **_settings(r, k),
     )  # fmt: skip
     return out
 
@@ -165,14 +166,14 @@ def from_rvq(
     rvq_kernel[(n,)](
         scales.view(torch.int16), codes, codebook, z, table, ids, out, r, k,
         ROUNDS=rounds, CODES=entries, SIZE=size, LIMIT=torch.finfo(z.dtype).max,
-        LATENT=triton.next_power_of_2(r), **_settings(r, k),
+        LATENT=next_power_of_2(r), **_settings(r, k),
     )  # fmt: skip
     return out
 
 
 def _empty(left: Tensor, table: Tensor) -> Tensor:
     width = left.size(1) + table.size(1)
-    return torch.empty(len(left), width, dtype=left.dtype, device=left.device)
+    return torch.empty(left.size(0), width, dtype=left.dtype, device=left.device)
 
 
 def _settings(r: int, k: int) -> dict[str, int]:
