@@ -14,6 +14,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.gathered_operands import GatheredOperands
 from mapl.ops.kernels import quantise
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 _INNER = 64  # numbers of the contracted dimension in one step of the GEMM
@@ -139,7 +140,9 @@ def _launch(
     if body is not None:
         scale_bytes = 2 * n * (m // group)
         scales, codes = body[:scale_bytes].view(torch.int16), body[scale_bytes:]
-    gathered_mm_kernel[grid](
+    launch(
+        gathered_mm_kernel,
+        grid,
         left, table, ids, weight, out, n, a, k, m, left.stride(0), scales, codes,
         EVEN=even, ROWS=_TILE_ROWS, COLUMNS=columns, INNER=_INNER,
         FORMAT=format, LARGEST=quantise.LARGEST.get(format, 0.0), GROUP=group,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv
 
 #: Words and ids that a program takes. The first programs do both.
@@ -35,7 +36,9 @@ def seal(
         padding: bytes between the body and the checksum.
     """
     first, place, sequence, total = header
-    _seal_payload[(cdiv(total - 8, 8 * _WORDS),)](
+    launch(
+        _seal_payload,
+        (cdiv(total - 8, 8 * _WORDS),),
         payload,
         payload if ids is None else ids.contiguous(),
         _sums(payload),
@@ -76,7 +79,9 @@ def check(
     ids = None
     if id_count:
         ids = torch.empty(id_count, dtype=torch.int32, device=payload.device)
-    _check_payload[(max(cdiv(total, 8 * _WORDS), cdiv(id_count, _IDS)),)](
+    launch(
+        _check_payload,
+        (max(cdiv(total, 8 * _WORDS), cdiv(id_count, _IDS)),),
         payload,
         payload if ids is None else ids,
         _sums(payload),

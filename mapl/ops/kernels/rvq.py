@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Rows of a program of the search, codes that it compares at once, and warps that do so. The scores
@@ -62,18 +63,29 @@ def encode(
     rows, bits = rows.detach().contiguous(), scales.view(torch.int16)
     padded = next_power_of_2(width)
     few = max(1, _TILE // padded)
-    _row_scales[(cdiv(count, few),)](rows, bits, count, WIDTH=width, PADDED=padded, ROWS=few)
+    launch(
+        _row_scales, (cdiv(count, few),), rows, bits, count, WIDTH=width, PADDED=padded, ROWS=few
+    )
     groups, rounds, entries, size = codebook.shape
     half_norms = torch.empty(codebook.shape[:3], dtype=torch.float32, device=rows.device)
     padded = next_power_of_2(size)
     block = _TILE // padded
-    _half_norms[(cdiv(half_norms.numel(), block),)](
-        codebook, half_norms, half_norms.numel(), SIZE=size, PADDED=padded, BLOCK=block
+    launch(
+        _half_norms,
+        (cdiv(half_norms.numel(), block),),
+        codebook,
+        half_norms,
+        half_norms.numel(),
+        SIZE=size,
+        PADDED=padded,
+        BLOCK=block,
     )
     dot = max(16, 2 * padded)
     chunk = _CHUNK if dot <= _NARROW else _CHUNK // 2
     counts, sums = statistics or (codebook, codebook)
-    _search[(cdiv(count, _ROWS), groups)](
+    launch(
+        _search,
+        (cdiv(count, _ROWS), groups),
         rows,
         bits,
         codebook,
@@ -109,7 +121,9 @@ def decode(scales: Tensor, codes: Tensor, codebook: Tensor, out: Tensor) -> None
     if not out.numel():
         return
     groups, rounds, entries, size = codebook.shape
-    _reconstruct[(cdiv(out.numel(), _TILE),)](
+    launch(
+        _reconstruct,
+        (cdiv(out.numel(), _TILE),),
         scales.view(torch.int16),
         codes,
         codebook,

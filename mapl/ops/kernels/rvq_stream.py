@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Numbers that a program takes.
@@ -51,7 +52,9 @@ def _launch(kernel, codebook: Tensor, *args, **constants: float) -> None:
     padded = next_power_of_2(size)
     block = max(1, _TILE // padded)
     count = groups * rounds * len(due)
-    kernel[(cdiv(count, block),)](
+    launch(
+        kernel,
+        (cdiv(count, block),),
         codebook,
         *tensors,
         due,

@@ -15,6 +15,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise, scaled_ragged
 from mapl.ops.kernels.quantise import LARGEST
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv
 
 #: Numbers that a program takes.
@@ -40,7 +41,9 @@ def encode(rows: Tensor, out: Tensor, group: int, format: str, stochastic: bool,
         scaled_ragged.encode(rows, scales, codes, group, format, stochastic, key)
         return
     block = max(1, _TILE // group)
-    _encode_groups[(cdiv(count, block),)](
+    launch(
+        _encode_groups,
+        (cdiv(count, block),),
         rows,
         scales,
         codes,
@@ -66,7 +69,9 @@ def decode(body: Tensor, out: Tensor, group: int, format: str) -> None:
         scaled_ragged.decode(scales, codes, out, group, format)
         return
     block = max(1, _TILE // group)
-    _decode_groups[(cdiv(count, block),)](
+    launch(
+        _decode_groups,
+        (cdiv(count, block),),
         scales,
         codes,
         out,

@@ -16,6 +16,7 @@ from torch import Tensor
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
 from mapl.ops.kernels.quantise import LARGEST
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: Numbers that a program holds at once.
@@ -34,7 +35,9 @@ def encode(
 ) -> None:
     """See scaled.encode: `rows` [n, w] contiguous, `scales` int16 [n G], `codes` uint8."""
     padded = next_power_of_2(group)
-    _encode_ragged[(cdiv(rows.size(0), _ROWS),)](
+    launch(
+        _encode_ragged,
+        (cdiv(rows.size(0), _ROWS),),
         rows,
         scales,
         codes,
@@ -55,7 +58,9 @@ def encode(
 
 def decode(scales: Tensor, codes: Tensor, out: Tensor, group: int, format: str) -> None:
     """See scaled.decode: `scales` int16 [n G], `codes` uint8, `out` [n, w] contiguous."""
-    _decode_ragged[(cdiv(out.numel(), _TILE),)](
+    launch(
+        _decode_ragged,
+        (cdiv(out.numel(), _TILE),),
         scales,
         codes,
         out,

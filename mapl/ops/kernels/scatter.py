@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 _CHUNK = 32
@@ -148,7 +149,7 @@ def ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
     sorted_ids = torch.empty(n, dtype=torch.int32, device=ids.device)
     places = torch.empty_like(sorted_ids)
     sizes = {"OWN": _OWN, "OTHERS": _OTHERS, "num_warps": 4}
-    ascending_kernel[(cdiv(n, _OWN),)](ids, sorted_ids, places, n, **sizes)
+    launch(ascending_kernel, (cdiv(n, _OWN),), ids, sorted_ids, places, n, **sizes)
     return sorted_ids, places
 
 
@@ -163,10 +164,22 @@ def scatter_add(
     grid = (chunks, cdiv(k, columns))
     sizes = {"CHUNK": _CHUNK, "COLUMNS": columns, "num_warps": 4}
     more_stride = 0 if more is None else more.stride(0)
-    scatter_add_kernel[grid](
-        total, ids, places, rows, more, parts, n, k, rows.stride(0), more_stride, **sizes
+    launch(
+        scatter_add_kernel,
+        grid,
+        total,
+        ids,
+        places,
+        rows,
+        more,
+        parts,
+        n,
+        k,
+        rows.stride(0),
+        more_stride,
+        **sizes,
     )
-    add_parts_kernel[grid](total, ids, parts, n, k, **sizes)
+    launch(add_parts_kernel, grid, total, ids, parts, n, k, **sizes)
 
 
 _ORDER = {"ids": "*i32", "ascending": "*i32", "places": "*i32", "n": "i32"}

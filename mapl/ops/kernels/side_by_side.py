@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mapl.ops.ahead_of_time import Specialisation
 from mapl.ops.kernels import quantise
+from mapl.ops.launch import launch
 from mapl.ops.sizes import cdiv, next_power_of_2
 
 
@@ -121,7 +122,18 @@ def side_by_side(left: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     out = _empty(left, table)
     r, k = left.size(1), table.size(1)
     settings = _settings(r, k)
-    side_by_side_kernel[(left.size(0),)](left, table, ids, out, r, k, left.stride(0), **settings)
+    launch(
+        side_by_side_kernel,
+        (left.size(0),),
+        left,
+        table,
+        ids,
+        out,
+        r,
+        k,
+        left.stride(0),
+        **settings,
+    )
     return out
 
 
@@ -141,7 +153,9 @@ def from_scaled(
     out = _empty(z, table)
     (n, r), k = z.shape, table.size(1)
     scale_bytes = 2 * n * cdiv(r, group)
-    scaled_kernel[(n,)](
+    launch(
+        scaled_kernel,
+        (n,),
         body[:scale_bytes].view(torch.int16), body[scale_bytes:], z, table, ids, out, r, k,
         FORMAT=format, GROUP=group, LIMIT=torch.finfo(z.dtype).max,
         LATENT=next_power_of_2(r), **_settings(r, k),
@@ -163,7 +177,9 @@ def from_rvq(
     out = _empty(z, table)
     (n, r), k = z.shape, table.size(1)
     _, rounds, entries, size = codebook.shape
-    rvq_kernel[(n,)](
+    launch(
+        rvq_kernel,
+        (n,),
         scales.view(torch.int16), codes, codebook, z, table, ids, out, r, k,
         ROUNDS=rounds, CODES=entries, SIZE=size, LIMIT=torch.finfo(z.dtype).max,
         LATENT=next_power_of_2(r), **_settings(r, k),
