@@ -36,6 +36,14 @@ def test_virtual_stages() -> None:
     assert mapl.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("sharded", ["", "--sequence-parallel"])
+def test_tensor_parallel(sharded: str) -> None:
+    layout = f"{PP2} --tensor-model-parallel-size 2 {sharded} {GLOO}"
+    plain, mapl = run(4, layout), run(4, f"{layout} {SQUARE}")
+    assert plain.losses[-1] < plain.losses[0] - 0.05
+    assert mapl.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
 def test_rvq_trains() -> None:
     result = run(4, f"{PP4_GLOO} {RVQ} --bf16")
     assert result.losses[-1] < result.losses[0] - 0.02

@@ -25,14 +25,14 @@ import triton.language as tl
 from mapl.ops.ahead_of_time import Specialisation
 
 #: Tile of tall products, and how much of the summed dimension goes through tensor cores at once.
-TALL, DEPTH = 128, 64
+TALL, DEPTH = 128, 32
 #: Rows that a Gram program sums before its part goes to memory. Eight boundaries of 4096×256 then
 #: make 264 programs, two for each of Hopper's 132 multiprocessors.
 SPLIT = 384
 #: Tile and depth of products of square matrices, and tile of sums over the parts of a Gram matrix.
 SQUARE, SQUARE_DEPTH, SUM = 64, 64, 32
 
-TALL_OPTIONS = {"num_warps": 8, "num_stages": 2}
+TALL_OPTIONS = {"num_warps": 8, "num_stages": 3}
 SQUARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 #: What `sum_kernel` makes of LᵀR.
