@@ -103,8 +103,9 @@ def run(folder: Path, job: dict[str, Any], rank: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["pretrain_gpt.py", *job["arguments"], *job["rank_arguments"].get(str(rank), [])]
-    import recorder
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    import recorder
 
     try:
         if "--save" in job["arguments"]:
