@@ -13,6 +13,7 @@ export PYTHONUNBUFFERED := 1
 
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS := 2
 
 # One stamp per content of the files that say what to install, and per place of the checkout,
 # which the editable install names. Touching a file without changing it installs nothing.
@@ -70,12 +71,15 @@ types: setup  ## mypy, strict
 	@echo "== mypy"; $(PY) -m mypy
 
 # All three run and report, whichever fails; pytest comes last.
-# ARGS goes to pytest: make test ARGS="-k codecs -x"
+# ARGS goes to pytest: make test ARGS="-k codecs -x". WORKERS processes of pytest share the tests,
+# with about 2 GB each; a distributed test's job has up to four processes, which often wait.
 test: setup  ## Lint, types, then the unit and distributed tests (CPU)
 	@failed=""; \
 	$(MAKE) lint || failed+=" lint"; \
 	$(MAKE) types || failed+=" types"; \
-	echo "== pytest"; OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS) || failed+=" pytest"; \
+	echo "== pytest"; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
+		|| failed+=" pytest"; \
 	if [[ -n "$$failed" ]]; then echo "make test failed in:$$failed" >&2; exit 1; fi
 
 demo: setup  ## Train a small model on this machine, with and without compression

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The test's side of launcher.py: start it once, hand it jobs, read what they noted."""
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,6 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PROCESSES = 4
 
 
 @dataclass
@@ -25,6 +28,13 @@ class Result:
     folder: Path
     codes: list[int]
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    def read_records(self) -> None:
+        """Reads what each process noted."""
+        self.records = [
+            torch.load(self.folder / f"record.{rank}", weights_only=False)
+            for rank in range(len(self.codes))
+        ]
 
     @property
     def log(self) -> str:
@@ -57,25 +67,38 @@ class Result:
 
 
 class Cluster:
-    """Four processes under one torchrun that run jobs of one to four processes."""
+    """A launcher that runs jobs of one to four processes.
 
-    def __init__(self, directory: Path) -> None:
+    Several may run at once, one for each process of pytest.
+
+    Args:
+        directory: for the jobs of this cluster.
+        shared: for what `run_once` knows, the same for all clusters of a session.
+    """
+
+    def __init__(self, directory: Path, shared: Path) -> None:
         self._directory = directory
+        self._shared = shared
         self._jobs = 0
-        self._known: dict[tuple[Any, ...], Result] = {}
+        # Below the ports that a kernel hands out, so that nobody is given the next one.
+        self._ports = itertools.count(random.randrange(10_000, 30_000))
+        self._known: dict[str, Result] = {}
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(PROCESSES), str(HERE / "launcher.py"), str(directory)]
-        self._output = (directory / "torchrun.log").open("w")
-        self._torchrun = subprocess.Popen(
-            command, env=environment, stdout=self._output, stderr=subprocess.STDOUT
+        self._output = (directory / "launcher.log").open("w")
+        self._launcher = subprocess.Popen(
+            [sys.executable, str(HERE / "launcher.py"), str(directory)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            text=True,
+            bufsize=1,
         )
-        self._await(lambda: len(list(directory.glob("ready.*"))) == PROCESSES, 180)
 
     def run(
         self,
@@ -102,61 +125,66 @@ class Cluster:
             timeout: seconds.
         """
         folder = self._directory / f"job-{self._jobs}"
+        self._jobs += 1
         job = {
+            "folder": folder.name,
             "world_size": world_size,
             "arguments": arguments,
             "plain": plain,
             "rank_arguments": rank_arguments or {},
             "environment": environment or {},
             "tamper": tamper,
-            "port": _free_port(),
+            "port": self._free_port(),
             "timeout": timeout,
         }
-        partial = self._directory / "next"
-        partial.write_text(json.dumps(job))
-        partial.rename(self._directory / f"job-{self._jobs}.json")
-        self._jobs += 1
-        statuses = [folder / f"status.{rank}" for rank in range(world_size)]
-        self._await(lambda: all(s.exists() and s.read_text() for s in statuses), timeout + 60)
-        result = Result(folder, [int(status.read_text()) for status in statuses])
+        assert self._launcher.stdin and self._launcher.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(job), file=self._launcher.stdin)
+        answer = self._launcher.stdout.readline()
+        if not answer:
+            log = (self._directory / "launcher.log").read_text()
+            raise RuntimeError(f"the launcher does not answer:\n{log[-4000:]}")
+        result = Result(folder, json.loads(answer))
         if not fails:
             assert not any(result.codes), f"{result.codes}\n{result.log[-6000:]}"
-            result.records = [
-                torch.load(folder / f"record.{rank}", weights_only=False)
-                for rank in range(world_size)
-            ]
+            result.read_records()
         return result
 
-    def run_once(self, world_size: int, arguments: list[str]) -> Result:
+    def run_once(self, world_size: int, arguments: list[str], *, plain: bool = False) -> Result:
         """As `run`, but a job that was run by this method before is not run again.
 
         For jobs that others are compared with; whoever changes a result spoils it for all.
         """
-        key = (world_size, *arguments)
-        if key not in self._known:
-            self._known[key] = self.run(world_size, arguments)
-        return self._known[key]
+        job = json.dumps([world_size, arguments, plain])
+        if job not in self._known:
+            known = self._shared / sha256(job.encode()).hexdigest()
+            with known.open("a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another cluster may be running it
+                file.seek(0)
+                folder = file.read()
+                if folder:
+                    result = Result(Path(folder), [0] * world_size)
+                    result.read_records()
+                else:
+                    result = self.run(world_size, arguments, plain=plain)
+                    file.write(str(result.folder))
+            self._known[job] = result
+        return self._known[job]
 
     def stop(self) -> None:
-        """Ends torchrun and its processes."""
-        (self._directory / "stop").touch()
+        """Ends the launcher."""
+        assert self._launcher.stdin
+        self._launcher.stdin.close()
         try:
-            self._torchrun.wait(timeout=30)
+            self._launcher.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            self._torchrun.terminate()
-            self._torchrun.wait(timeout=30)
+            self._launcher.terminate()
+            self._launcher.wait(timeout=30)
         self._output.close()
 
-    def _await(self, condition: Any, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if self._torchrun.poll() is not None or time.monotonic() > deadline:
-                log = (self._directory / "torchrun.log").read_text()
-                raise RuntimeError(f"the launcher does not answer:\n{log[-4000:]}")
-            time.sleep(0.01)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    def _free_port(self) -> int:
+        for port in self._ports:
+            with socket.socket() as listener, contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return port
+        raise AssertionError

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs training jobs one after another under one torchrun: `torchrun launcher.py DIRECTORY`.
+"""Runs training jobs one after another: `launcher.py DIRECTORY`, with a job a line on stdin.
 
-Importing torch and Megatron takes each process seconds, a tiny training job less. So each process
-imports once and then forks a child for every job; the child is a fresh process of its own job, with
-its own rendezvous, as torchrun would have started it. Jobs arrive as files (see cluster.py).
+Importing torch and Megatron takes seconds, a tiny training job less. So this process imports once
+and forks a child for every process of a job; the child is a fresh process with its own rendezvous,
+as torchrun would have started it. The answer to a job is a line with the exit codes (see
+cluster.py). It ends when stdin does.
 """
 
 import contextlib
@@ -23,8 +24,10 @@ GRACE_SECONDS = 10.0
 
 
 def main(directory: Path) -> None:
-    """Serves jobs until the file `stop` appears."""
-    rank = int(os.environ["RANK"])
+    """Serves jobs until stdin ends."""
+    # Answers have a way of their own, since whatever is imported may print.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     import recorder
     from megatron.mapl import cpu
 
@@ -33,65 +36,82 @@ def main(directory: Path) -> None:
     # The children copy pages that they write to, and a collection writes to all objects.
     gc.collect()
     gc.freeze()
-    (directory / f"ready.{rank}").touch()
-    number = 0
-    while not (directory / "stop").exists():
-        job_file = directory / f"job-{number}.json"
-        if not job_file.exists():
-            time.sleep(POLL_SECONDS)
-            continue
-        job = json.loads(job_file.read_text())
-        if rank < job["world_size"]:
-            serve(directory / f"job-{number}", job, rank)
-        number += 1
+    for line in sys.stdin:
+        job = json.loads(line)
+        folder = directory / job["folder"]
+        folder.mkdir()
+        print(json.dumps(serve(folder, job)), file=answers)
 
 
-def serve(folder: Path, job: dict[str, Any], rank: int) -> None:
-    """Forks the child, waits for it, and ends it if a peer failed or time is up."""
-    folder.mkdir(exist_ok=True)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os._exit(run(folder, job, rank))
+def serve(folder: Path, job: dict[str, Any]) -> list[int]:
+    """Forks the children, waits for them, and ends them if one failed or time is up."""
+    children: list[int] = []
+    codes: dict[int, int] = {}
     deadline = time.monotonic() + job["timeout"]
-    code = None
-    while code is None:
-        time.sleep(POLL_SECONDS)
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-        elif any(f.read_text() not in ("", "0") for f in folder.glob("status.*")):
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if code is None and time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            code = -int(signal.SIGKILL)
+    try:
+        for rank in range(job["world_size"]):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os._exit(run(folder, job, rank))
+                finally:
+                    os._exit(1)
+            children.append(child)
+        while len(codes) < len(children):
+            time.sleep(POLL_SECONDS)
+            late = time.monotonic() > deadline
+            for child in children:
+                if child not in codes and (code := ended(child, kill=late)) is not None:
+                    codes[child] = code
+                    if code:
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    finally:
+        for child in children:
+            if child not in codes:
+                ended(child, kill=True)
+    return [codes[child] for child in children]
+
+
+def ended(child: int, *, kill: bool) -> int | None:
+    """The exit code of a child that has ended, by itself or because it was to be killed."""
+    if kill:
+        os.kill(child, signal.SIGKILL)
+    pid, status = os.waitpid(child, 0 if kill else os.WNOHANG)
+    if not pid:
+        return None
     # Workers that the job started (data loaders, checkpoint writers) end with it.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    (folder / f"status.{rank}").write_text(str(code))
+    return os.waitstatus_to_exitcode(status)
 
 
 def run(folder: Path, job: dict[str, Any], rank: int) -> int:
     """In the child: one process of the job."""
-    for name in [name for name in os.environ if name.startswith(("TORCHELASTIC", "GROUP_"))]:
-        del os.environ[name]
+    os.setsid()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(job["world_size"]),
+        LOCAL_WORLD_SIZE=str(job["world_size"]),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(job["port"]),
         **job["environment"],
     )
     os.chdir(folder)
-    log = os.open(folder / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log = os.open(f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["pretrain_gpt.py", *job["arguments"], *job["rank_arguments"].get(str(rank), [])]
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     import recorder
 
     try:
+        if "--save" in job["arguments"]:
+            # Megatron's writers of checkpoints report through a server process, which would have
+            # to import torch and Megatron. Forked here it has them, and holds no connection yet.
+            filesystem_async.get_write_results_queue("fork")
         recorder.run(folder / f"record.{rank}", job)
         code = 0
     except SystemExit as stop:

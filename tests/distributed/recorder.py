@@ -9,12 +9,15 @@ from typing import Any
 
 def import_all() -> None:
     """Imports what a training job imports, and does once what each job would do again."""
-    import megatron.core.tokenizers.text  # noqa: F401  (with transformers)
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text  # with transformers
+    import megatron.core.tokenizers.text.models  # noqa: F401
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron.mapl import pretraining  # noqa: F401
+    from megatron.mapl.arguments import add_arguments
 
     # Megatron parses the source of its settings for each list of flags, three times a job.
     read = ArgumentGroupFactory._get_field_docstrings
@@ -26,7 +29,7 @@ def import_all() -> None:
         return dict(known[settings])
 
     ArgumentGroupFactory._get_field_docstrings = read_once
-    add_megatron_arguments(ArgumentParser(conflict_handler="resolve"))
+    add_arguments(add_megatron_arguments(ArgumentParser(conflict_handler="resolve")))
     # It would shuffle millions of mock samples for the few that a job takes.
     MockGPTLowLevelDataset.size = 2000
 

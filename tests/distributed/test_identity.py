@@ -13,7 +13,7 @@ TOLERANCE = {"bf16": 2e-3, "fp16": 2e-3}
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_square_projector_equals_plain_megatron(cluster: Cluster, name: str) -> None:
     layout = LAYOUTS[name]
-    plain = cluster.run(layout.world_size, layout.command(), plain=True)
+    plain = cluster.run_once(layout.world_size, layout.command(), plain=True)
     mapl = cluster.run(
         layout.world_size, layout.command(f"--mapl-rank {HIDDEN} --mapl-anchor none")
     )
@@ -28,8 +28,8 @@ def test_square_projector_equals_plain_megatron(cluster: Cluster, name: str) -> 
 def test_without_the_flag_it_is_plain_megatron(cluster: Cluster, name: str) -> None:
     """Digit for digit: every bit of every loss."""
     layout = LAYOUTS[name]
-    plain = cluster.run(layout.world_size, layout.command(), plain=True)
-    ours = cluster.run(layout.world_size, layout.command())
+    plain = cluster.run_once(layout.world_size, layout.command(), plain=True)
+    ours = cluster.run_once(layout.world_size, layout.command())
     assert ours.losses == plain.losses
     assert ours.validation == plain.validation
 
@@ -37,7 +37,7 @@ def test_without_the_flag_it_is_plain_megatron(cluster: Cluster, name: str) -> N
 def test_unbatched_transfers_of_two_stages(cluster: Cluster) -> None:
     """Megatron then sends one of the two directions over the group of all processes."""
     layout = LAYOUTS["pp2"]
-    plain = cluster.run(2, layout.command(), plain=True)
+    plain = cluster.run_once(2, layout.command(), plain=True)
     mapl = cluster.run(
         2,
         layout.command(f"--mapl-rank {HIDDEN} --mapl-anchor none"),

@@ -124,7 +124,7 @@ def test_uncompressed_tail_needs_no_ids(cluster: Cluster) -> None:
 def test_only_projector_and_anchors_differ_from_plain(cluster: Cluster) -> None:
     """A fixed square projector without anchors changes nothing, whatever its rank list says."""
     layout = LAYOUTS["pp4"]
-    plain = cluster.run(4, layout.command(), plain=True)
+    plain = cluster.run_once(4, layout.command(), plain=True)
     mapl = cluster.run(
         4,
         layout.command(
@@ -218,7 +218,7 @@ def test_the_projectors_gradient_is_that_of_one_replica(
 ) -> None:
     """The same global batch gives the same dA, however it is spread and scaled."""
     settings = f"--mapl-rank {RANK} --mapl-log-interval 1"
-    one = cluster.run(2, LAYOUTS["pp2"].command(settings))
+    one = cluster.run_once(2, LAYOUTS["pp2"].command(settings))
     spread = cluster.run(LAYOUTS[name].world_size, LAYOUTS[name].command(settings, more))
     first, other = (run.metrics[0]["boundaries"][0]["gradient_norm"] for run in (one, spread))
     assert other == pytest.approx(first, rel=tolerance)

@@ -147,7 +147,7 @@ def test_uncompressed_stages_through_the_payloads(cluster: Cluster) -> None:
     """Direct quantisation: no projector, no anchor, the codecs take the activations."""
     layout = LAYOUTS["pp2"]
     direct = f"--mapl-rank {HIDDEN} --mapl-projector none --mapl-anchor none"
-    plain = cluster.run(2, layout.command(), plain=True)
+    plain = cluster.run_once(2, layout.command(), plain=True)
     same = cluster.run(2, layout.command(direct))
     assert same.losses == plain.losses
     assert not any(record["projectors"] for record in same.records)
