@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = json.loads(arguments.times.read_text())
     points = report["points"]
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 7), layout="constrained")
     for name, mark in MARKS.items():
         if name in points[0]["times"]:
             ratios = [point["times"][name][1] / point["floor"][1] for point in points]

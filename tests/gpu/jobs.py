@@ -57,6 +57,8 @@ def run(
         "OMP_NUM_THREADS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    if "--tensor-model-parallel-size" in arguments:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it then
     with (folder / "log.0").open("w") as log:
         done = subprocess.run(
             command, cwd=folder, env=variables, stdout=log, stderr=log, timeout=300
