@@ -12,7 +12,7 @@ each chunk of the model that they passed):
                   V·r_a·w              once: what stands for the table's gradient in autograd
     activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
-    ids           F·N·20      a chunk: the ids, and their order for the gradient of the table, at most
+    ids           F·N·20      a chunk: the ids, and their order for the table's gradient, at most
     payloads      (2a + 2)·(N·(r·w + 4) + 64)    a side: under way in both directions, a ahead
     work          N·((r + 3·r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work
 
