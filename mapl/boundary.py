@@ -167,7 +167,7 @@ def _table_and_use(
         return None, {}
     table = coordinates.table.to(dtype)
     adds = coordinates.adds_to_main_grad and table is coordinates.table
-    return table, {"adds": adds, "last": coordinates.is_first_use()}
+    return table, {"adds": adds, "last": coordinates.begin_use(adds=adds)}
 
 
 class _Encode(torch.autograd.Function):

@@ -39,7 +39,7 @@ class Coordinates:
         flat = ids.flatten()
         self.ids = flat if flat.dtype in (torch.int32, torch.int64) else flat.long()
         self._order = TokenOrder(self.ids)
-        self._used = False
+        self._adds: bool | None = None  # of the first use
         self._waiting: Tensor | None = None  # the dC of another use, which comes with the last
         if table.requires_grad and torch.is_grad_enabled():
             self._order.start()
@@ -69,11 +69,26 @@ class Coordinates:
         """C as a matrix [n, k], of the table or of a cast of it; no gradient."""
         return torch.embedding((self.table if table is None else table).detach(), self.ids)
 
-    def is_first_use(self) -> bool:
-        """Whether this is the first use that a backward pass will come to, and so its last."""
+    def begin_use(self, *, adds: bool) -> bool:
+        """Whether this is the first use that a backward pass will come to, and so its last.
+
+        The backward pass of the first must come: the gradients of later uses wait for it.
+
+        Args:
+            adds: as for `table_gradient`.
+
+        Raises:
+            RuntimeError: `adds` is not that of the first use; one of both gradients would be lost.
+        """
         if not (self.table.requires_grad and torch.is_grad_enabled()):
             return False
-        first, self._used = not self._used, True
+        first = self._adds is None
+        if self._adds not in (None, adds):
+            raise RuntimeError(
+                "a micro-batch is decoded and encoded in different dtypes, one of which is not the "
+                "anchor table's; a gradient would be lost: use one dtype for both"
+            )
+        self._adds = adds
         return first
 
     def table_gradient(self, table: Tensor, dc: Tensor, *, adds: bool, last: bool) -> Tensor | None:

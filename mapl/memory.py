@@ -14,7 +14,8 @@ each chunk of the model that they passed):
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
     ids           F·N·20      a chunk: the ids, and their order for the table's gradient, at most
     payloads      (2a + 2)·(N·(r·w + 4) + 64)    a side: under way in both directions, a ahead
-    work          N·((r + 3·r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work
+    work          N·((r + 3·r_a)·w + 16·r) + 8·d·r    of the one micro-batch that is at work; its
+                  encoder's dC waits there for its decoder's
 
 Codecs with fewer bits only make payloads smaller. What a residual vector quantiser needs for its
 search and its codebooks is not in it, nor what the projector's step needs, which comes when the

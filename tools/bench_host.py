@@ -9,8 +9,8 @@ network. Four parts, as Megatron's schedule runs them:
 
 - send: a stage's output is encoded and its payload made;
 - receive: the payload is checked and decoded;
-- back: the receiver's backward pass, up to the gradient's payload;
-- front: the sender's, from that payload on.
+- receiver's: its backward pass, up to the gradient's payload;
+- sender's: the same, from that payload on.
 
 Medians, with the device idle at each start: where a GPU is kept busy, these times are hidden; where
 its kernels are shorter than their launches, they are the price. `--profile` names the functions
@@ -38,7 +38,7 @@ from megatron.mapl.model import StageBoundaries
 from megatron.mapl.port import PAYLOAD, take_payload
 from megatron.mapl.runtime import MaplRuntime
 
-PARTS = ("send", "receive", "back", "front")
+PARTS = ("send", "receive", "receiver's", "sender's")
 #: Calls of CUDA's runtime and driver that put something on a stream.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 
@@ -81,12 +81,12 @@ class Crossing:
         setattr(leaf, PAYLOAD, take_payload(sent, "send"))
         with part("receive"):
             received = self.receiver.receive(leaf)
-        with part("back"):
+        with part("receiver's"):
             torch.autograd.backward(received, self.upstream)
         assert leaf.grad is not None
         arrived = torch.empty_like(leaf.grad)
-        setattr(arrived, PAYLOAD, take_payload(leaf.grad, "back"))
-        with part("front"):
+        setattr(arrived, PAYLOAD, take_payload(leaf.grad, "backward"))
+        with part("sender's"):
             torch.autograd.backward(sent, arrived)
 
     def wait(self) -> None:

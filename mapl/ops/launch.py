@@ -12,8 +12,8 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-#: Key → a compiled kernel, and the constants that follow its arguments.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+#: Key → the kernel, whose id is in the key, compiled, and the constants that follow its arguments.
+_compiled: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 #: A job has some dozens of keys. One whose sizes never repeat must not keep them all.
 _MOST = 1024
 
@@ -24,7 +24,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Args:
         kernel: a `triton.jit` function.
         grid: programs in up to three dimensions.
-        args: tensors, ints and Nones: the first parameters of the kernel, in order.
+        args: tensors, numbers and Nones: the first parameters of the kernel, in order.
         constants: the others, all of them `tl.constexpr`, and num_warps, num_stages.
     """
     if not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
@@ -38,9 +38,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         if len(_compiled) >= _MOST:
             _compiled.clear()
         names = kernel.arg_names[len(args) :]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
+        _compiled[key] = kernel, compiled, tuple(constants[name] for name in names)
         return
-    compiled, rest = known
+    _, compiled, rest = known
     stream = driver.active.get_current_stream(device)
     compiled[grid + (1,) * (3 - len(grid))](*args, *rest, stream=stream)
 
@@ -48,13 +48,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def _key(
     kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Whatever Triton compiles a kernel anew for: at least what `JITFunction.run` looks at."""
+    """Whatever Triton compiles a kernel anew for on NVIDIA's GPUs: what `JITFunction.run` sees."""
     key: list[Any] = [id(kernel), device, knobs.runtime.debug]
     key.append(knobs.compilation.instrumentation_mode)
     for arg, parameter in zip(args, kernel.params, strict=False):
         if type(arg) is int:
             # Of an argument that is not specialised, how many bytes hold it; else all there is.
             key.append(_size(arg) if parameter.do_not_specialize else arg)
+        elif type(arg) is float:
+            key.append("fp32")  # never specialised
         elif arg is None:
             key.append(None)
         else:

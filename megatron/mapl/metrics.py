@@ -55,7 +55,7 @@ def write_traffic(runtime: MaplRuntime) -> None:
     ledgers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
         ledgers,
-        (dict(runtime.ledger.sent), runtime.communication_seconds, runtime.training_seconds),
+        (runtime.ledger.sent, runtime.communication_seconds, runtime.training_seconds),
     )
     if dist.get_rank() != 0:
         return

@@ -35,7 +35,7 @@ ANCHOR_TAG = "is_mapl_anchor"
 
 @dataclass
 class _MicroBatch:
-    """The one that is in a stage; no attributes of the module, which takes long to set its own."""
+    """The one that is in a stage; kept apart, since `nn.Module` is slow to set attributes."""
 
     ids: torch.Tensor | None = None
     coordinates: Coordinates | None = None

@@ -69,6 +69,11 @@ def test_nccl_wants_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         settle(monkeypatch, "4", 1)
 
 
+def test_gloo_takes_experts_without_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"tensor_model_parallel_size": 4, "expert_model_parallel_size": 4, "num_experts": 4}
+    assert settle(monkeypatch, "8", 8, distributed_backend="gloo", **sizes).num_experts == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 POLL_SECONDS = 0.01
 #: How long the peers of a failed process get to end by themselves.
 GRACE_SECONDS = 10.0
@@ -54,6 +56,8 @@ def serve(folder: Path, job: dict[str, Any]) -> list[int]:
             if child == 0:
                 try:
                     os._exit(run(folder, job, rank))
+                except BaseException:  # before the job had a log
+                    traceback.print_exc()
                 finally:
                     os._exit(1)
             children.append(child)
@@ -88,6 +92,7 @@ def ended(child: int, *, kill: bool) -> int | None:
 def run(folder: Path, job: dict[str, Any], rank: int) -> int:
     """In the child: one process of the job."""
     os.setsid()
+    numpy.random.seed()  # its state is the launcher's, alike in all children
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

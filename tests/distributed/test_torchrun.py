@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cluster import Cluster
 from layouts import LAYOUTS
 
@@ -14,12 +16,15 @@ ROOT = Path(__file__).parent.parent.parent
 LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 
 
-def test_torchrun_starts_the_same_job(cluster: Cluster, tmp_path: Path) -> None:
-    arguments = LAYOUTS["pp2"].command("--mapl-rank 16 --mapl-forward-codec int8")
-    forked = cluster.run(2, arguments, tamper="whole_mock_data")
+@pytest.mark.parametrize("name", ["pp2", "tp2-pp2"])
+def test_torchrun_starts_the_same_job(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """Processes of their own, which share neither hash seeds nor memory with each other."""
+    layout = LAYOUTS[name]
+    arguments = layout.command("--mapl-rank 16 --mapl-forward-codec int8")
+    forked = cluster.run(layout.world_size, arguments, tamper="whole_mock_data")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", str(ROOT / "pretrain_gpt.py"), *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command += [str(layout.world_size), str(ROOT / "pretrain_gpt.py"), *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     started = subprocess.run(
         command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
     )

@@ -277,6 +277,17 @@ def test_gradients_go_to_main_grad_where_there_is_one(kind, dtype, ops, monkeypa
     assert (added - plain.anchor.E.grad).norm() < tolerance * plain.anchor.E.grad.norm()
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_uses_in_two_dtypes_are_refused(dtypes):
+    decoding, encoding = (getattr(torch, name) for name in dtypes)
+    case = Case(SIZES[0], "factorized", dtype=torch.bfloat16)
+    case.anchor.E.main_grad = torch.zeros(case.anchor.E.shape)
+    coordinates = case.coordinates()
+    case.decode(case.z.to(decoding).requires_grad_(), coordinates)
+    with pytest.raises(RuntimeError, match="one dtype for both"):
+        case.encode(case.x.to(encoding).requires_grad_(), coordinates)
+
+
 def test_a_gradient_that_would_be_lost_is_refused():
     case = Case(SIZES[0], "factorized")
     case.anchor.E.main_grad = torch.zeros(case.anchor.E.shape)

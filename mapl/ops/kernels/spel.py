@@ -19,9 +19,9 @@ A step takes 8 tall products, of which 3 are symmetric and done by half, where t
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mapl.ops.kernels import spel_products as products
@@ -35,6 +35,8 @@ from mapl.ops.kernels.spel_products import (
     TALL,
     TALL_OPTIONS,
 )
+from mapl.ops.launch import launch
+from mapl.ops.sizes import cdiv, next_power_of_2
 
 #: The largest α: the polynomial that retracts needs it to be small.
 HIGHEST_RATE = 0.1
@@ -117,15 +119,16 @@ class _Batch:
         self.unscaled = torch.full_like(self.largest, products.BITS_OF_TWO)
         self.norm = torch.empty(self.size, device=device)
         self.ok = torch.empty(self.size, dtype=torch.bool, device=device)
-        across = triton.cdiv(self.r, TALL)
-        self.tall_grid = (across, triton.cdiv(self.d, TALL), self.size)
+        across = cdiv(self.r, TALL)
+        self.tall_grid = (across, cdiv(self.d, TALL), self.size)
 
     def update_momentum(self, beta: float) -> None:
         """new_momentum = β m + (1 − β)(g − A sym(Aᵀg))."""
         symmetric = self._gram(self.a, self.grad, products.SYMMETRIC_PART)
-        products.momentum_kernel[self.tall_grid](
+        self._launch_tall(
+            products.momentum_kernel,
             *self.a, *self.grad, *self.momentum, symmetric, self.new_momentum, self.largest,
-            beta, 1 - beta, self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
+            beta, 1 - beta,
         )  # fmt: skip
 
     def descend(self) -> None:
@@ -134,43 +137,47 @@ class _Batch:
         q = self._polynomial(
             self._gram(momentum, momentum, products.NORMALISED), POLAR_EXPRESS[:RENEWED_AFTER]
         )
-        products.apply_kernel[self.tall_grid](
-            self.new_momentum, q, self.x, self.largest, self.norm,
-            self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
-        )  # fmt: skip
+        self._launch_tall(
+            products.apply_kernel, self.new_momentum, q, self.x, self.largest, self.norm
+        )
         x = _spread(self.x.unbind())
         q = self._polynomial(self._gram(x, x, products.PLAIN), POLAR_EXPRESS[RENEWED_AFTER:])
-        products.descend_kernel[self.tall_grid](
-            *self.a, self.x, q, self.lr, self.y, self.d, self.r, TALL, DEPTH, **TALL_OPTIONS
-        )
+        self._launch_tall(products.descend_kernel, *self.a, self.x, q, self.lr, self.y)
 
     def commit(self) -> Tensor:
         """A = y retracted and m = new_momentum, where all is sound."""
         y = _spread(self.y.unbind())
         correction = self._inverse_root(self._gram(y, y, products.FROM_IDENTITY))
-        products.commit_kernel[self.tall_grid](
+        self._launch_tall(
+            products.commit_kernel,
             self.y, correction, self.new_momentum, *self.a, *self.momentum, self.lr,
             self.largest, self.distance, self.ok, HIGHEST_RATE, FURTHEST,
-            self.d, self.r, TALL, DEPTH, **TALL_OPTIONS,
         )  # fmt: skip
         return self.ok
 
+    def _launch_tall(self, kernel: Any, *args: Tensor | float) -> None:
+        """A kernel of tall products; d and the sizes of tiles follow its arguments."""
+        constants = {"R": self.r, "TALL": TALL, "DEPTH": DEPTH, **TALL_OPTIONS}
+        launch(kernel, self.tall_grid, *args, self.d, **constants)
+
     def _gram(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], mode: int) -> Tensor:
         """LᵀR as `mode` says, a square matrix."""
-        splits, across = triton.cdiv(self.d, SPLIT), triton.cdiv(self.r, TALL)
+        splits, across = cdiv(self.d, SPLIT), cdiv(self.r, TALL)
         triangle = mode != products.SYMMETRIC_PART
         scale = self.largest if mode == products.NORMALISED else self.unscaled
         tiles = across * (across + 1) // 2 if triangle else across**2
         parts = torch.empty(self.size, splits, self.r, self.r, device=self.lr.device)
-        products.gram_kernel[(tiles, splits, self.size)](
-            *left, *right, scale, parts, self.d, self.r,
-            triangle, TALL, SPLIT, DEPTH, **TALL_OPTIONS,
+        launch(
+            products.gram_kernel, (tiles, splits, self.size), *left, *right, scale, parts, self.d,
+            R=self.r, TRIANGLE=triangle, TALL=TALL, SPLIT=SPLIT, DEPTH=DEPTH, **TALL_OPTIONS,
         )  # fmt: skip
         gram = self._empty_square()
-        across = triton.cdiv(self.r, SUM)
-        products.sum_kernel[(across * (across + 1) // 2, self.size)](
-            parts, gram, self.norm, self.distance, splits, self.r,
-            mode, triton.next_power_of_2(self.r), SUM, **SQUARE_OPTIONS,
+        across = cdiv(self.r, SUM)
+        launch(
+            products.sum_kernel, (across * (across + 1) // 2, self.size),
+            parts, gram, self.norm, self.distance,
+            SPLITS=splits, R=self.r, MODE=mode, WIDTH=next_power_of_2(self.r), SUM=SUM,
+            **SQUARE_OPTIONS,
         )  # fmt: skip
         return gram
 
@@ -205,11 +212,12 @@ class _Batch:
         """one·I + linear·D + quadratic·LR for one or two terms."""
         terms = [term, *other]
         out = [torch.empty_like(right) for _ in terms]
-        last, across = terms[-1], triton.cdiv(self.r, SQUARE)
-        products.square_kernel[(across, across, len(terms) * self.size)](
+        last, across = terms[-1], cdiv(self.r, SQUARE)
+        launch(
+            products.square_kernel, (across, across, len(terms) * self.size),
             term.left, last.left, right, term.added, last.added, out[0], out[-1], self.size,
             term.one, term.linear, term.quadratic, last.one, last.linear, last.quadratic,
-            self.r, SQUARE, SQUARE_DEPTH, **SQUARE_OPTIONS,
+            R=self.r, SQUARE=SQUARE, DEPTH=SQUARE_DEPTH, **SQUARE_OPTIONS,
         )  # fmt: skip
         return out
 
