@@ -93,6 +93,12 @@ class MaplConfig:
     while the stage computes; 0 waits for each as Megatron does. Default: 2 over gloo without
     virtual stages, else 0."""
 
+    virtual_stages: int | None = None
+    """Boundaries inside one process: cuts the model where a pipeline of so many stages would be
+    cut, with the same projectors, anchors and codecs, whose payloads are made, counted and read but
+    cross no network. For studies of quality; needs --pipeline-model-parallel-size 1. Default: the
+    boundaries are those of the pipeline."""
+
     checkpoint: CheckpointMode = "match"
     """What --load does when the checkpoint's boundaries do not fit this run's: match (an error),
     fresh (load the model, start the boundaries and the optimizer anew), drop (without --mapl-rank:
@@ -151,6 +157,10 @@ class MaplConfig:
             raise ValueError(
                 f"--mapl-receive-ahead {self.receive_ahead} must be a number of payloads, or 0 to "
                 "wait for each"
+            )
+        if self.virtual_stages is not None and self.virtual_stages < 2:
+            raise ValueError(
+                f"--mapl-virtual-stages {self.virtual_stages} has no boundary; give 2 or more"
             )
         if self.log_interval is not None and self.log_interval <= 0:
             raise ValueError(f"--mapl-log-interval {self.log_interval} must be at least 1 step")

@@ -39,7 +39,8 @@ def plan_boundaries(
     if boundaries < 1:
         raise ValueError(
             f"--mapl-rank {spaced(config.rank)}: a pipeline of one stage has no boundary to "
-            "compress; use --pipeline-model-parallel-size 2 or more, or leave --mapl-rank out"
+            "compress; use --pipeline-model-parallel-size 2 or more, or --mapl-virtual-stages for "
+            "boundaries inside one process, or leave --mapl-rank out"
         )
     if len(config.rank) not in (1, boundaries):
         raise ValueError(

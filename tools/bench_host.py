@@ -29,7 +29,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench_pipeline_plan import Model, settings
 from mapl.config import MaplConfig
@@ -41,6 +40,10 @@ from megatron.mapl.runtime import MaplRuntime
 PARTS = ("send", "receive", "receiver's", "sender's")
 #: Calls of CUDA's runtime and driver that put something on a stream.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+#: A process group of one.
+_ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
 
 
 class Crossing:
@@ -58,8 +61,16 @@ class Crossing:
             seed=1,
         )
         self.sender, self.receiver = (
-            StageBoundaries(self.runtime, _chunk(model, rank)).to(device, torch.bfloat16)
-            for rank in range(2)
+            StageBoundaries(
+                self.runtime,
+                SimpleNamespace(virtual_pipeline_model_parallel_size=None, sequence_parallel=False),
+                SimpleNamespace(tp=_ALONE, dp_cp=_ALONE),
+                stage=stage,
+                layers=range(stage, stage + 1),
+                receives=stage == 1,
+                sends=stage == 0,
+            ).to(device, torch.bfloat16)
+            for stage in range(2)
         )
         for stage in (self.sender, self.receiver):
             for table in stage.anchor.parameters():
@@ -77,10 +88,12 @@ class Crossing:
         with part("send"):
             self.sender.start(self.ids)
             sent = self.sender.send(hidden)
+            sent.register_hook(self.sender.unpack_gradient)
         leaf = torch.empty_like(sent, requires_grad=True)
         setattr(leaf, PAYLOAD, take_payload(sent, "send"))
         with part("receive"):
             received = self.receiver.receive(leaf)
+            leaf.register_post_accumulate_grad_hook(lambda z: self.receiver.pack_gradient(z.grad))
         with part("receiver's"):
             torch.autograd.backward(received, self.upstream)
         assert leaf.grad is not None
@@ -145,31 +158,6 @@ def print_profile(crossing: Crossing, repeats: int, rows: int) -> None:
     for name, profile in profiles.items():
         print(f"\n{name}, {repeats} times")
         pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(rows)
-
-
-def _chunk(model: Model, rank: int) -> Any:
-    """What StageBoundaries asks of a model chunk, the rank-th of two stages."""
-    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    return SimpleNamespace(
-        config=SimpleNamespace(
-            num_layers=model.layers,
-            pipeline_model_parallel_size=2,
-            virtual_pipeline_model_parallel_size=None,
-            pipeline_model_parallel_layout=None,
-            num_layers_in_first_pipeline_stage=None,
-            num_layers_in_last_pipeline_stage=None,
-            account_for_embedding_in_pipeline_split=False,
-            account_for_loss_in_pipeline_split=False,
-            sequence_parallel=False,
-        ),
-        pg_collection=SimpleNamespace(
-            pp=SimpleNamespace(rank=lambda: rank, size=lambda: 2), tp=group, dp_cp=group
-        ),
-        vp_stage=None,
-        pre_process=rank == 0,
-        post_process=rank == 1,
-        decoder=SimpleNamespace(layers=nn.ModuleList([nn.Identity()] * (model.layers // 2))),
-    )
 
 
 def _config(flags: list[str]) -> MaplConfig:

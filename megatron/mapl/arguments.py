@@ -166,8 +166,10 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             ("--mapl-backward-codec", config.backward_codec),
         ):
             _check_links(flag, values, args.pipeline_model_parallel_size, virtual)
+    if config.virtual_stages is not None:
+        _check_virtual_stages(config.virtual_stages, args)
     if config.receive_ahead:
-        _check_receive_ahead(config.receive_ahead, args)
+        _check_receive_ahead(config, args)
 
 
 def split_ranks(args: Any, config: MaplConfig) -> int:
@@ -186,7 +188,32 @@ def receive_ahead(args: Any, config: MaplConfig) -> int:
     return 2 if args.distributed_backend == "gloo" and virtual is None else 0
 
 
-def _check_receive_ahead(depth: int, args: Any) -> None:
+def _check_virtual_stages(stages: int, args: Any) -> None:
+    flag = f"--mapl-virtual-stages {stages}"
+    if args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"{flag} cuts the model inside one process, but --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} cuts it already; leave one of them out"
+        )
+    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    if uneven == (None, None) and args.num_layers % stages:
+        raise ValueError(
+            f"{flag} does not divide --num-layers {args.num_layers}; choose a divisor of it"
+        )
+    if args.recompute_granularity == "full":
+        raise ValueError(
+            f"{flag} cannot be used with --recompute-granularity full: layers that run again would "
+            "send again; leave it out, or use --recompute-granularity selective"
+        )
+
+
+def _check_receive_ahead(config: MaplConfig, args: Any) -> None:
+    depth = config.receive_ahead
+    if config.virtual_stages is not None:
+        raise ValueError(
+            f"--mapl-receive-ahead {depth} has no effect with --mapl-virtual-stages "
+            f"{config.virtual_stages}, between which nothing is received; leave it out"
+        )
     if args.virtual_pipeline_model_parallel_size is not None:
         raise ValueError(
             f"--mapl-receive-ahead {depth} is for pipelines without virtual stages; leave it out: "

@@ -51,13 +51,26 @@ class StageBoundaries(nn.Module):
         table_readers: key of an anchor table → how many earlier stages read it in this load.
     """
 
-    def __init__(self, runtime: MaplRuntime, chunk: Any) -> None:
+    def __init__(
+        self,
+        runtime: MaplRuntime,
+        config: Any,
+        groups: Any,
+        *,
+        stage: int,
+        layers: range,
+        receives: bool,
+        sends: bool,
+    ) -> None:
+        """
+        Args:
+            config, groups: the chunk's.
+            stage: number of the chunk in the pipeline.
+            layers: of the model that the chunk holds.
+            receives, sends: whether there is a boundary before and behind it.
+        """
         super().__init__()
-        config, groups = chunk.config, chunk.pg_collection
-        rank, vp_stage = groups.pp.rank(), chunk.vp_stage
-        stage = (vp_stage or 0) * runtime.pipeline_size + rank
-        self.first_layer = get_transformer_layer_offset(config, vp_stage, rank)
-        self.last_layer = self.first_layer + len(chunk.decoder.layers)
+        self.first_layer, self.last_layer = layers.start, layers.stop
         port = partial(
             Port,
             runtime,
@@ -65,9 +78,9 @@ class StageBoundaries(nn.Module):
             virtual=config.virtual_pipeline_model_parallel_size is not None,
         )
         self.inlet = self.outlet = None
-        if not chunk.pre_process:
+        if receives:
             self.inlet = port(stage - 1, self.first_layer, is_outlet=False)
-        if not chunk.post_process:
+        if sends:
             self.outlet = port(stage, self.last_layer, is_outlet=True)
         self.anchor = build_anchor(
             runtime.config.anchor,
@@ -114,7 +127,7 @@ class StageBoundaries(nn.Module):
         """Decodes what arrived at the inlet.
 
         Args:
-            latent: the leaf Ẑ [s, b, width] that the communicator handed out, not yet filled.
+            latent: Ẑ [s, b, width], not yet filled, which carries its payload.
 
         Returns:
             X̂ [s, b, d].
@@ -124,8 +137,6 @@ class StageBoundaries(nn.Module):
         payload = take_payload(latent, f"boundary {port.boundary}, forward")
         channel, tokens = port.forward_channel, latent.shape[:2]
         payloads = self._gathered(channel, payload)
-        if latent.requires_grad and torch.is_grad_enabled():
-            latent.register_post_accumulate_grad_hook(self._pack_gradient)
         projector, basis = port.projector, self.anchor.basis
         if projector is None or basis is None:
             self._enter(channel.unpack(payloads, latent, self._runtime.guard))
@@ -168,8 +179,6 @@ class StageBoundaries(nn.Module):
 
             payload = channel.pack_body(fill, tokens, hidden.device, ids, *booked)
         setattr(latent, PAYLOAD, payload)
-        if latent.requires_grad:
-            latent.register_hook(self._unpack_gradient)
         self._enter(None)
         return latent
 
@@ -185,14 +194,16 @@ class StageBoundaries(nn.Module):
         """Begins a micro-batch, whose ids are given, or ends the last one."""
         self._micro_batch.ids, self._micro_batch.coordinates = ids, None
 
-    def _pack_gradient(self, latent: torch.Tensor) -> None:
-        port, gradient = self.inlet, latent.grad
-        assert port is not None and gradient is not None
+    def pack_gradient(self, gradient: torch.Tensor) -> None:
+        """Has dẐ [s, b, width], at the inlet, carry its payload."""
+        port = self.inlet
+        assert port is not None
         uncompressed = gradient.shape[0] * gradient.shape[1] * self._token_bytes
         payload = port.backward_channel.pack(gradient, None, self._runtime.ledger, uncompressed)
         setattr(gradient, PAYLOAD, payload)
 
-    def _unpack_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+    def unpack_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """dZ [s, b, width], at the outlet, of the payload that a tensor of that shape carries."""
         port = self.outlet
         assert port is not None
         payload = take_payload(gradient, f"boundary {port.boundary}, backward")
@@ -276,7 +287,18 @@ def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:
     """Megatron's pre-wrap hook: gives every chunk its boundaries before it is cast and wrapped."""
     runtime.stages.clear()
     for chunk in chunks:
-        stage = StageBoundaries(runtime, chunk)
+        config, groups = chunk.config, chunk.pg_collection
+        rank, vp_stage = groups.pp.rank(), chunk.vp_stage
+        first = get_transformer_layer_offset(config, vp_stage, rank)
+        stage = StageBoundaries(
+            runtime,
+            config,
+            groups,
+            stage=(vp_stage or 0) * runtime.pipeline_size + rank,
+            layers=range(first, first + len(chunk.decoder.layers)),
+            receives=not chunk.pre_process,
+            sends=not chunk.post_process,
+        )
         chunk.mapl = stage
         runtime.stages.append(stage)
         chunk.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -284,14 +306,28 @@ def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:
     return chunks
 
 
+def input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The token ids among the arguments of a chunk's forward pass."""
+    ids: torch.Tensor = args[0] if args else kwargs["input_ids"]
+    return ids
+
+
 def _before_forward(chunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if chunk.pre_process:
-        chunk.mapl.start(args[0] if args else kwargs["input_ids"])
-    else:
-        chunk.decoder.set_input_tensor(chunk.mapl.receive(chunk.decoder.input_tensor))
+        chunk.mapl.start(input_ids(args, kwargs))
+        return
+    latent = chunk.decoder.input_tensor  # a leaf, from the communicator
+    chunk.decoder.set_input_tensor(chunk.mapl.receive(latent))
+    if latent.requires_grad and torch.is_grad_enabled():
+        latent.register_post_accumulate_grad_hook(lambda z: chunk.mapl.pack_gradient(z.grad))
 
 
 def _after_forward(chunk: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
     # Otherwise the decoder would keep X̂ of the last micro-batch until the next one.
     chunk.decoder.set_input_tensor(None)
-    return output if chunk.post_process else chunk.mapl.send(output)
+    if chunk.post_process:
+        return output
+    latent: torch.Tensor = chunk.mapl.send(output)
+    if latent.requires_grad:
+        latent.register_hook(chunk.mapl.unpack_gradient)
+    return latent

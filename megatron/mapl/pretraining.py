@@ -51,6 +51,7 @@ from megatron.mapl import (
     model,
     staging,
     upstream,
+    virtual_stages,
 )
 from megatron.mapl.emulation import LinkEmulation
 from megatron.mapl.errors import exit_with_error, exit_without_peer
@@ -234,12 +235,13 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
     arguments.check_supported(args, config)
     pipeline = args.pipeline_model_parallel_size
     virtual = args.virtual_pipeline_model_parallel_size or 1
+    stages = config.virtual_stages or pipeline * virtual
     runtime = MaplRuntime(
         config=config,
         plan=plan_boundaries(
             config,
             hidden_size=args.hidden_size,
-            boundaries=0 if pipeline == 1 else pipeline * virtual - 1,
+            boundaries=stages - 1,
             shards=arguments.split_ranks(args, config),
         ),
         vocab_size=_padded_vocab_size(args),
@@ -279,7 +281,8 @@ def _agree(chunks: list[Any], args: Any) -> list[Any]:
 
 def _hook_into_megatron(model_config: Any, runtime: MaplRuntime, receive_ahead: int) -> None:
     """The seams: model, gradients, communicator, schedule, optimizer, log, save."""
-    model_config.pre_wrap_hooks.append(partial(model.attach, runtime=runtime))
+    attach = virtual_stages.attach if runtime.config.virtual_stages else model.attach
+    model_config.pre_wrap_hooks.append(partial(attach, runtime=runtime))
     model_config.transformer.finalize_model_grads_func = partial(grads.finalize, runtime=runtime)
     # Looked up at each schedule call, which builds a communicator a step.
     replace(schedules, "P2PCommunicator", partial(MaplP2PCommunicator, runtime=runtime))

@@ -60,16 +60,19 @@ def run(path: Path, job: dict[str, Any]) -> None:
         return result
 
     training.training_log, training.evaluate = noting_log, noting_evaluate
-    attach = pretraining.model.attach
 
-    def noting_attach(chunks: Any, runtime: Any) -> Any:
-        attach(chunks, runtime)
-        record["runtime"] = runtime
-        record["start"] = projectors(runtime)
-        record["start_codebooks"] = codebooks(runtime)
-        return chunks
+    def noting(attach: Any) -> Any:
+        def noting_attach(chunks: Any, runtime: Any) -> Any:
+            attach(chunks, runtime)
+            record["runtime"] = runtime
+            record["start"] = projectors(runtime)
+            record["start_codebooks"] = codebooks(runtime)
+            return chunks
 
-    pretraining.model.attach = noting_attach
+        return noting_attach
+
+    for module in (pretraining.model, pretraining.virtual_stages):
+        module.attach = noting(module.attach)  # type: ignore[attr-defined]
     check_sides = pretraining.checkpoint.check_sides
 
     def noting_check_sides(runtime: Any) -> None:

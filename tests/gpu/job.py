@@ -67,7 +67,7 @@ def around_payloads(action: Callable[[], object]) -> None:
 
     frame(Channel, "pack_body")
     frame(StageBoundaries, "receive")
-    frame(StageBoundaries, "_unpack_gradient")
+    frame(StageBoundaries, "unpack_gradient")
 
 
 def press_allocator() -> None:

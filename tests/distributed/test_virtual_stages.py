@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boundaries inside one process give what a pipeline of as many processes gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import Cluster, Result
+from layouts import LAYOUTS, PP4, Layout
+
+SAVE = "--save-interval 2 --ckpt-format torch_dist --lr-decay-iters 10 --lr-warmup-iters 1"
+VIRTUAL = Layout(1, "--mapl-virtual-stages 4")
+
+CODECS = {
+    "pipeline": "",
+    "fp8": "--mapl-forward-codec fp8 --mapl-backward-codec fp8",
+    "int8": "--mapl-forward-codec int8 --mapl-backward-codec int8",
+    "int4": "--mapl-forward-codec int4 --mapl-backward-codec int4",
+    "rvq": "--mapl-forward-codec rvq --mapl-backward-codec rvq --mapl-rvq-codes 16",
+    "rvq full": "--mapl-forward-codec rvq --mapl-rvq-codes 16 --mapl-rvq-sync full",
+    "projector none": "--mapl-projector none --mapl-anchor none --mapl-forward-codec int8",
+    "full anchor": "--mapl-anchor full",
+}
+
+
+def projectors(result: Result) -> dict[tuple[int, str], torch.Tensor]:
+    """(boundary, side) → A, of all processes."""
+    return {
+        key: state["A"] for record in result.records for key, state in record["projectors"].items()
+    }
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_equals_the_pipeline(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """From one checkpoint, since Megatron draws the weights of each stage by its rank."""
+    rank = "--mapl-rank 64" if name == "projector none" else "--mapl-rank 16"
+    more = f"{rank} {CODECS[name]} {SAVE} --load {tmp_path}"
+    start = LAYOUTS["pp4"].command(more, f"--save {tmp_path} --exit-interval 2")
+    cluster.run(4, start)
+    pipeline = cluster.run(4, LAYOUTS["pp4"].command(more))
+    virtual = cluster.run(1, VIRTUAL.command(more))
+    assert len(virtual.losses) == 2 and virtual.losses[-1] < 5.5
+    assert virtual.losses == pytest.approx(pipeline.losses, rel=1e-6)
+    assert virtual.validation == pytest.approx(pipeline.validation, rel=1e-6)
+    for kind in ("boundaries", "total"):
+        assert virtual.traffic[kind] == pipeline.traffic[kind]
+    ours, theirs = projectors(virtual), projectors(pipeline)
+    assert ours.keys() == theirs.keys() and (len(ours) == 6 or name == "projector none")
+    for key, a in ours.items():
+        torch.testing.assert_close(a, theirs[key], rtol=0, atol=1e-5)
+        assert torch.equal(a, ours[key[0], "inlet"])  # both sides, bit for bit
+
+
+@pytest.mark.parametrize("more", ["", "--sequence-parallel"])
+def test_tensor_parallel(cluster: Cluster, tmp_path: Path, more: str) -> None:
+    """Its ranks send a part of the tokens each, or other tokens."""
+    tensor = f"--tensor-model-parallel-size 2 {more}"
+    options = f"--mapl-rank 16 --mapl-forward-codec int8 {SAVE} --load {tmp_path}"
+    layout = Layout(4, f"--pipeline-model-parallel-size 2 {tensor}")
+    cluster.run(4, layout.command(options, f"--save {tmp_path} --exit-interval 2"))
+    pipeline = cluster.run(4, layout.command(options))
+    virtual = cluster.run(2, Layout(2, f"--mapl-virtual-stages 2 {tensor}").command(options))
+    assert virtual.losses == pytest.approx(pipeline.losses, rel=1e-6)
+    assert virtual.traffic["total"] == pipeline.traffic["total"]
+
+
+def test_a_pipeline_goes_on_where_virtual_stages_left_off(cluster: Cluster, tmp_path: Path) -> None:
+    more = f"--mapl-rank 16 {SAVE}"
+    straight = cluster.run(1, VIRTUAL.command(more))
+    cluster.run(1, VIRTUAL.command(more, f"--save {tmp_path} --exit-interval 2"))
+    resumed = cluster.run(4, LAYOUTS["pp4"].command(more, f"--load {tmp_path}"))
+    assert resumed.losses == pytest.approx(straight.losses[2:], rel=1e-6)
+    assert straight.losses[-1] < straight.losses[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (PP4, "--pipeline-model-parallel-size 4 cuts it already"),
+        ("--num-layers 6", "--mapl-virtual-stages 4 does not divide --num-layers 6"),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            "--recompute-granularity full",
+        ),
+        ("--mapl-receive-ahead 2", "--mapl-receive-ahead 2 has no effect with"),
+        ("--mapl-virtual-stages 1", "--mapl-virtual-stages 1 has no boundary"),
+    ],
+)
+def test_what_does_not_fit_is_refused(cluster: Cluster, more: str, message: str) -> None:
+    processes = 4 if more == PP4 else 1
+    command = VIRTUAL.command("--mapl-rank 16", more)
+    result = cluster.run(processes, command, fails=True)
+    assert message in result.log
