@@ -93,8 +93,8 @@ def _check_gloo(args: Any) -> None:
         raise ValueError(
             f"--distributed-backend gloo does not work on GPUs with {args.data_parallel_size} "
             f"data-parallel replicas: {_COALESCED}; start 1/{args.data_parallel_size} of the "
-            f"{args.world_size} processes, raise --pipeline-model-parallel-size or "
-            "--tensor-model-parallel-size, or use --distributed-backend nccl"
+            f"{args.world_size} processes, raise --pipeline-model-parallel-size, or use "
+            "--distributed-backend nccl"
         )
     spread = args.expert_tensor_parallel_size * args.expert_model_parallel_size
     if args.num_experts and spread < args.tensor_model_parallel_size:

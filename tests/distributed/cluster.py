@@ -81,7 +81,9 @@ class Cluster:
         self._shared = shared
         self._jobs = 0
         # Below the ports that a kernel hands out, so that nobody is given the next one.
-        self._ports = itertools.count(random.randrange(10_000, 30_000))
+        # Each process of pytest has a range of its own.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+        self._ports = itertools.count(10_000 + 5_000 * worker + random.randrange(4_000))
         self._known: dict[str, Result] = {}
         environment = {
             **os.environ,

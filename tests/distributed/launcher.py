@@ -8,6 +8,7 @@ cluster.py). It ends when stdin does.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -16,13 +17,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 
 POLL_SECONDS = 0.01
 #: How long the peers of a failed process get to end by themselves.
 GRACE_SECONDS = 10.0
+#: Linux's prctl: the signal that a process gets when its parent has ended.
+PR_SET_PDEATHSIG = 1
 
 
 def main(directory: Path) -> None:
@@ -30,6 +33,7 @@ def main(directory: Path) -> None:
     # Answers have a way of their own, since whatever is imported may print.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the clean-up of `serve`
     import recorder
     from megatron.mapl import cpu
 
@@ -42,10 +46,10 @@ def main(directory: Path) -> None:
         job = json.loads(line)
         folder = directory / job["folder"]
         folder.mkdir()
-        print(json.dumps(serve(folder, job)), file=answers)
+        print(json.dumps(serve(folder, job, answers)), file=answers)
 
 
-def serve(folder: Path, job: dict[str, Any]) -> list[int]:
+def serve(folder: Path, job: dict[str, Any], answers: TextIO) -> list[int]:
     """Forks the children, waits for them, and ends them if one failed or time is up."""
     children: list[int] = []
     codes: dict[int, int] = {}
@@ -54,6 +58,7 @@ def serve(folder: Path, job: dict[str, Any]) -> list[int]:
         for rank in range(job["world_size"]):
             child = os.fork()
             if child == 0:
+                answers.close()  # whoever reads must see its end when this process has ended
                 try:
                     os._exit(run(folder, job, rank))
                 except BaseException:  # before the job had a log
@@ -91,7 +96,10 @@ def ended(child: int, *, kill: bool) -> int | None:
 
 def run(folder: Path, job: dict[str, Any], rank: int) -> int:
     """In the child: one process of the job."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()
+    # It must not outlive the launcher, however that ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     numpy.random.seed()  # its state is the launcher's, alike in all children
     os.environ.update(
         RANK=str(rank),
