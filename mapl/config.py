@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mapl.codecs import CodecSettings, check_rvq
+from mapl.codecs import CodecSettings, check_rvq, check_topk
 
 AnchorKind = Literal["factorized", "none", "static", "full"]
 ProjectorKind = Literal["learned", "fixed", "unconstrained", "none"]
-CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq"]
+CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq", "topk"]
 CheckpointMode = Literal["match", "fresh", "drop"]
 
 #: Codecs with one scale for each group of numbers.
@@ -51,14 +51,17 @@ class MaplConfig:
 
     forward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
     """How the latents' numbers become bytes: pipeline (as they are, in the model's dtype), fp8,
-    int8, int4 (a scale for each group), rvq (residual vector quantisation); one for all boundaries,
-    or one for each."""
+    int8, int4 (a scale for each group), rvq (residual vector quantisation), topk (the largest
+    numbers and their places); one for all boundaries, or one for each."""
 
     backward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
     """The same for the latents' gradients; int8 and int4 round them stochastically."""
 
     codec_group_size: int | None = None
     """Numbers that share a scale in fp8, int8 and int4. Default: 64."""
+
+    topk: int | None = None
+    """K, numbers of largest magnitude that topk keeps of each token; it needs this."""
 
     rvq_groups: int | None = None
     """G, parts that rvq splits a latent into. Default: rank / 8."""
@@ -179,6 +182,11 @@ class MaplConfig:
                     f"--mapl-{name.replace('_', '-')} {value} has no effect without rvq; leave it "
                     "out, or give --mapl-forward-codec rvq or --mapl-backward-codec rvq"
                 )
+        if self.topk is not None and "topk" not in used:
+            raise ValueError(
+                f"--mapl-topk {self.topk} has no effect without topk; leave it out, or give "
+                "--mapl-forward-codec topk or --mapl-backward-codec topk"
+            )
         if self.rvq_sync in ("full", "frozen"):
             for name in ("rvq_sync_entries", "rvq_order"):
                 if (value := getattr(self, name)) is not None:
@@ -192,12 +200,15 @@ class MaplConfig:
             )
         if "rvq" in used:
             check_rvq(self.codec_settings)
+        if "topk" in used:
+            check_topk(self.codec_settings)
 
     @property
     def codec_settings(self) -> CodecSettings:
         """The codecs' settings, with their defaults for what was left out."""
         given = {
             "group_size": self.codec_group_size,
+            "topk": self.topk,
             **{name: value for name, value in vars(self).items() if name.startswith("rvq_")},
         }
         return CodecSettings(**{name: value for name, value in given.items() if value is not None})

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from mapl.codecs import check_rvq
+from mapl.codecs import check_rvq, check_topk
 from mapl.config import CodecName, MaplConfig, spaced
 
 
@@ -72,8 +72,11 @@ def plan_boundaries(
         backward_codecs=_each(config.backward_codec, "--mapl-backward-codec", ranks),
     )
     for boundary in range(boundaries):
-        if "rvq" in (settled.forward_codecs[boundary], settled.backward_codecs[boundary]):
+        used = settled.forward_codecs[boundary], settled.backward_codecs[boundary]
+        if "rvq" in used:
             check_rvq(config.codec_settings, width=settled.width(boundary), shards=shards)
+        if "topk" in used:
+            check_topk(config.codec_settings, width=settled.width(boundary))
     return settled
 
 

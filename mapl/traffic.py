@@ -75,7 +75,7 @@ def report(ledgers: Iterable[dict[tuple[int, Direction], Counter[str]]]) -> dict
 
 
 #: What the bytes of a payload are.
-KINDS = ("header", "ids", "latents", "scales", "codebook", "projector")
+KINDS = ("header", "ids", "latents", "indices", "scales", "codebook", "projector")
 
 
 def _by_kind(entry: Counter[str]) -> dict[str, int]:

@@ -44,7 +44,7 @@ class Case:
             width=self.width,
             dtype=torch.bfloat16,
             seed=3,
-            settings=CodecSettings(),
+            settings=CodecSettings(topk=self.width // 8),
             sends=sends,
         )
 

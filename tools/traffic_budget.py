@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--projector-exchange", choices=_EXCHANGE, default="fp32")
     numbers: dict[str, Callable[[str], Any]] = {
         "codec-group-size": int,
+        "topk": int,
         "rvq-groups": int,
         "rvq-rounds": int,
         "rvq-codes": int,

@@ -11,7 +11,8 @@ from mapl.codecs.counter_random import stream_key
 from mapl.codecs.numeric import DtypeCodec
 from mapl.codecs.residual_vq import ResidualVQCodec
 from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
-from mapl.codecs.settings import CodecSettings, check_rvq, default_rvq_groups
+from mapl.codecs.settings import CodecSettings, check_rvq, check_topk, default_rvq_groups
+from mapl.codecs.topk import TopKCodec
 
 __all__ = [
     "CODECS",
@@ -21,8 +22,10 @@ __all__ = [
     "DtypeCodec",
     "ResidualVQCodec",
     "Role",
+    "TopKCodec",
     "build_codec",
     "check_rvq",
+    "check_topk",
     "default_rvq_groups",
 ]
 
@@ -86,12 +89,17 @@ def _rvq(end: CodecEnd) -> Codec:
     )
 
 
+def _topk(end: CodecEnd) -> Codec:
+    return TopKCodec(end.dtype, end.width, check_topk(end.settings, width=end.width))
+
+
 CODECS: dict[str, Callable[[CodecEnd], Codec]] = {
     "pipeline": _pipeline,
     "fp8": _scaled(Fp8Codec),
     "int8": _scaled(Int8Codec),
     "int4": _scaled(Int4Codec),
     "rvq": _rvq,
+    "topk": _topk,
 }
 
 

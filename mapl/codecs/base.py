@@ -29,7 +29,8 @@ class Codec(nn.Module):
     """Base of all codecs; a module, since some have state that moves and is saved with the model.
 
     Bytes of a kind that `parts` names are booked under that name: "latents" for what stands for the
-    numbers themselves, "scales" and "codebook" for what is needed to read it.
+    numbers themselves, "indices" for where they belong, "scales" and "codebook" for what is needed
+    to read them.
     """
 
     def parts(self, rows: int) -> dict[str, int]:

@@ -50,6 +50,12 @@ def copy_clamped(values: Tensor, out: Tensor) -> None:
     out.detach().copy_(values.clamp(-limit, limit))
 
 
+def check_dtype(rows: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where numbers that cross as they are have another dtype than the codec."""
+    if rows.dtype != dtype:
+        raise ValueError(f"a tensor of {rows.dtype} was given to a codec for {dtype}")
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The tensor's memory as flat uint8; a copy if it is not contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mapl.codecs.base import Codec
+from mapl.codecs.casting import check_dtype
 
 
 class DtypeCodec(Codec):
@@ -28,20 +29,16 @@ class DtypeCodec(Codec):
         Raises:
             ValueError: the rows have another dtype, so that sending them would round.
         """
-        self._check_dtype(rows)
+        check_dtype(rows, self.dtype)
         return rows.detach().contiguous().flatten().view(torch.uint8)
 
     def encode_into(self, rows: Tensor, number: int, out: Tensor) -> None:
         """See `Codec` and `encode`."""
-        self._check_dtype(rows)
+        check_dtype(rows, self.dtype)
         out.view(self.dtype).view(rows.shape).copy_(rows.detach())
 
     def decode_rows(self, body: Tensor, out: Tensor) -> None:
         out.detach().copy_(body.view(self.dtype).view(out.shape))
-
-    def _check_dtype(self, rows: Tensor) -> None:
-        if rows.dtype != self.dtype:
-            raise ValueError(f"a tensor of {rows.dtype} was given to a codec for {self.dtype}")
 
     def error_bound(self, rows: Tensor) -> Tensor:
         """See `Codec`: 0."""

@@ -8,6 +8,7 @@ RvqSync = Literal["streaming", "full", "frozen"]
 RvqOrder = Literal["round-robin", "random"]
 
 MAX_CODES = 65536
+_MAX_TOPK_WIDTH = 65536
 _USUAL_GROUP = 8
 
 
@@ -17,6 +18,7 @@ class CodecSettings:
 
     Attributes:
         group_size: numbers that share a scale (fp8, int8, int4).
+        topk: numbers that are kept of each row (topk); None if no codec needs it.
         rvq_groups: G; None stands for `default_rvq_groups`.
         rvq_rounds: R.
         rvq_codes: K.
@@ -27,6 +29,7 @@ class CodecSettings:
     """
 
     group_size: int = 64
+    topk: int | None = None
     rvq_groups: int | None = None
     rvq_rounds: int = 4
     rvq_codes: int = 256
@@ -34,6 +37,42 @@ class CodecSettings:
     rvq_sync: RvqSync = "streaming"
     rvq_sync_entries: int = 1
     rvq_order: RvqOrder = "round-robin"
+
+
+def check_topk(settings: CodecSettings, *, width: int | None = None) -> int:
+    """Checks all that concerns top-k sparsification.
+
+    Args:
+        settings: the settings.
+        width: w of the rows; None if it is not known yet.
+
+    Returns:
+        k, the numbers that are kept of each row.
+
+    Raises:
+        ValueError: k is missing or out of range, or rows are too wide; names flag, value and
+            remedy.
+    """
+    kept = settings.topk
+    if kept is None:
+        raise ValueError(
+            "--mapl-topk is missing: the codec topk needs to know how many numbers of each row it "
+            "keeps; give --mapl-topk K, or name another codec"
+        )
+    if kept < 1:
+        raise ValueError(f"--mapl-topk {kept} must keep at least 1 number of each row")
+    if width is None:
+        return kept
+    if width > _MAX_TOPK_WIDTH:
+        raise ValueError(
+            f"--mapl-topk {kept}: places in rows of {width} numbers do not fit 16 bits; use rows "
+            f"of at most {_MAX_TOPK_WIDTH} (a smaller --mapl-rank), or another codec"
+        )
+    if kept > width:
+        raise ValueError(
+            f"--mapl-topk {kept} exceeds the {width} numbers of a row; it is at most {width}"
+        )
+    return kept
 
 
 def default_rvq_groups(width: int) -> int:

@@ -81,6 +81,11 @@ REFUSED = {
         "--mapl-rank 8 --mapl-rvq-codes 16",
         "--mapl-rvq-codes 16 has no effect without rvq; leave it out, or give --mapl-forward",
     ),
+    "topk-above-rank": (
+        TWO,
+        "--mapl-rank 8 --mapl-forward-codec topk --mapl-topk 9",
+        "--mapl-topk 9 exceeds the 8 numbers of a row; it is at most 8",
+    ),
     "codebook-shares": (
         LAYOUTS["tp2-pp2"],
         "--mapl-rank 8 --mapl-forward-codec rvq --mapl-rvq-codes 2 --mapl-rvq-sync-entries 2",

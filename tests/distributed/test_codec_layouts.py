@@ -14,6 +14,7 @@ PAIRS = {
     "int8-rvq": ("int8", "rvq"),
     "fp8-fp8": ("fp8", "fp8"),
     "int4-int8": ("int4", "int8"),
+    "topk-topk": ("topk", "topk"),
 }
 #: A codec with a codebook, forward, and one that rounds at random, backward, in each layout; the
 #: others where they meet something new: virtual stages, splits, replicas, casts, loss scales.
@@ -23,15 +24,17 @@ RUNS = [
     *((name, "int8-rvq") for name in ("pp2-dp2-distributed-optimizer-overlaps", "bf16", "fp16")),
     *((name, "fp8-fp8") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16")),
     ("pp4", "int4-int8"),
+    *((name, "topk-topk") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16")),
 ]
 
 
 def flags(forward: str, backward: str, *more: str) -> str:
     """A job's `--mapl-*` flags."""
     codes = "--mapl-rvq-codes 16" if "rvq" in (forward, backward) else ""
+    kept = "--mapl-topk 6" if "topk" in (forward, backward) else ""
     return " ".join(
         (f"--mapl-rank {RANK} --mapl-forward-codec {forward} --mapl-backward-codec {backward}",
-         codes, *more)
+         codes, kept, *more)
     )  # fmt: skip
 
 
@@ -69,7 +72,8 @@ def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
         assert all(line["codebooks"] for line in result.metrics)
     assert result.losses[-1] < result.losses[0] - 0.02
     total = result.traffic["total"]
-    assert total["scales"] > 0
+    assert bool(total["scales"]) == bool({*PAIRS[pair]} - {"topk"})
+    assert bool(total["indices"]) == ("topk" in PAIRS[pair])
     assert bool(total["codebook"]) == ("rvq" in PAIRS[pair])
 
 

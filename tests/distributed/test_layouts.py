@@ -8,6 +8,7 @@ import torch
 
 from cluster import Cluster, Result
 from layouts import HIDDEN, LAYOUTS
+from mapl.codecs import CodecSettings
 from mapl.traffic import KINDS
 from traffic_budget import Job, budget
 
@@ -174,10 +175,11 @@ def test_metrics(cluster: Cluster) -> None:
     assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
 
 
-@pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq"])
+@pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq", "topk"])
 def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> None:
     flags = f"--mapl-rank {RANK} --mapl-forward-codec {codec} --mapl-backward-codec {codec}"
-    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags))
+    kept = "--mapl-topk 3" if codec == "topk" else ""
+    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags, kept))
     planned = budget(
         Job(
             hidden_size=HIDDEN,
@@ -189,6 +191,7 @@ def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> Non
             tensor_model_parallel_size=2,
             forward_codec=codec,
             backward_codec=codec,
+            codecs=CodecSettings(topk=3),
         )
     )
     sent = result.traffic["boundaries"][0]

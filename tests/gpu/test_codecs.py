@@ -30,7 +30,7 @@ def build(name: str, role: Role, width: int, dtype: torch.dtype, device: str, **
         width=width,
         dtype=dtype,
         seed=5,
-        settings=CodecSettings(rvq_order=more.pop("order", "round-robin")),
+        settings=CodecSettings(topk=7, rvq_order=more.pop("order", "round-robin")),
         **more,
     )
     return build_codec(name, end).to(device)

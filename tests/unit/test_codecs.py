@@ -2,13 +2,23 @@
 """Codecs: one suite over all of them, then what the simple ones do alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from mapl.codecs import CODECS, Codec, CodecEnd, CodecSettings, DtypeCodec, Role, build_codec
+from mapl.codecs import (
+    CODECS,
+    Codec,
+    CodecEnd,
+    CodecSettings,
+    DtypeCodec,
+    Role,
+    TopKCodec,
+    build_codec,
+)
 from mapl.codecs.casting import bf16_nearest, bf16_up
 from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
 from mapl.config import CodecName
@@ -24,7 +34,8 @@ every_role = pytest.mark.parametrize("role", Role)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, **more) -> Codec:
-    end = CodecEnd(role=role, width=width, dtype=dtype, seed=5, settings=SETTINGS, **more)
+    settings = replace(SETTINGS, topk=min(5, width))
+    end = CodecEnd(role=role, width=width, dtype=dtype, seed=5, settings=settings, **more)
     return build_codec(name, end)
 
 
@@ -53,7 +64,7 @@ def bound(codec: Codec, rows: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     rounding = (rows.double().abs() + stated) * limits.eps / 2 + smallest / 2
-    return stated if isinstance(codec, DtypeCodec) else stated + rounding
+    return stated if isinstance(codec, (DtypeCodec, TopKCodec)) else stated + rounding
 
 
 # --- every codec ----------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def test_the_same_input_and_number_give_the_same_bytes(name, role, dtype):
 @every_role
 @every_dtype
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_arrives_as_nan(name, role, dtype, value):
+def test_what_is_not_finite_does_not_arrive_as_finite(name, role, dtype, value):
     width, place = 160, 70
     sender, receiver = pair(name, role, width, dtype)
     rows = sample(3, width, dtype)
@@ -121,7 +132,11 @@ def test_what_is_not_finite_arrives_as_nan(name, role, dtype, value):
         assert torch.equal(out.view(torch.uint8), rows.view(torch.uint8))
         return
     spoilt = torch.zeros(3, width, dtype=torch.bool)
-    if name == "rvq":
+    if name == "topk":
+        spoilt[1, place] = True
+        assert torch.equal(out[spoilt].view(torch.uint8), rows[spoilt].view(torch.uint8))
+        out[spoilt] = float("nan")
+    elif name == "rvq":
         spoilt[1] = True
     else:
         spoilt[1, 64:128] = True
@@ -233,7 +248,9 @@ def test_only_codebooks_have_a_state():
 
 
 def test_names():
-    assert list(CODECS) == ["pipeline", "fp8", "int8", "int4", "rvq"] == [*get_args(CodecName)]
+    assert (
+        list(CODECS) == ["pipeline", "fp8", "int8", "int4", "rvq", "topk"] == [*get_args(CodecName)]
+    )
     with pytest.raises(ValueError, match="zip is unknown; use one of pipeline, fp8, int8"):
         build("zip", Role.ACTIVATION, 8, torch.float32)
     with pytest.raises(ValueError, match="shard 2 is not one of 2"):

@@ -56,6 +56,9 @@ from mapl.plan import plan_boundaries
             {"rank": [8], "forward_codec": ["rvq"], "rvq_codes": 100},
             r"--mapl-rvq-codes 100 must be a power of two",
         ),
+        ({"rank": [8], "topk": 4}, r"--mapl-topk 4 has no effect without topk; leave it out"),
+        ({"rank": [8], "backward_codec": ["topk"]}, r"--mapl-topk is missing: .*give --mapl-topk"),
+        ({"rank": [8], "forward_codec": ["topk"], "topk": 0}, r"--mapl-topk 0 must keep at least"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -90,6 +93,11 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
             3,
             r"--mapl-rvq-groups 2 does not divide the 9 numbers",
         ),
+        (
+            {"rank": [9, 8, 9], "backward_codec": ["topk"], "topk": 9},
+            3,
+            r"--mapl-topk 9 exceeds the 8 numbers of a row; it is at most 8",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(
@@ -117,6 +125,25 @@ def test_one_codec_serves_all_compressed_boundaries_and_a_list_each_its_own() ->
     config = MaplConfig(rank=[8], forward_codec=["int4", "pipeline", "int8"])
     plan = plan_boundaries(config, hidden_size=64, boundaries=3)
     assert plan.forward_codecs == ("int4", "pipeline", "int8")
+
+
+def test_topk_need_not_fit_where_it_is_not_used() -> None:
+    codecs: dict[str, Any] = {"forward_codec": ["topk", "pipeline", "topk"], "topk": 9}
+    config = MaplConfig(rank=[9, 8, 64], **codecs)
+    plan = plan_boundaries(config, hidden_size=64, boundaries=3)
+    assert plan.forward_codecs == ("topk", "pipeline", "topk")
+    assert config.codec_settings.topk == 9
+
+
+def test_rows_too_wide_for_topk() -> None:
+    settings: dict[str, Any] = {"projector": "none", "anchor": "none", "forward_codec": ["topk"]}
+    for width, fits in ((65536, True), (65537, False)):
+        config = MaplConfig(rank=[width], topk=4, **settings)
+        if fits:
+            plan_boundaries(config, hidden_size=width, boundaries=1)
+            continue
+        with pytest.raises(ValueError, match=r"--mapl-topk 4: places in rows of 65537 .*65536"):
+            plan_boundaries(config, hidden_size=width, boundaries=1)
 
 
 def test_shares_of_entries_must_fit_the_codebook() -> None:

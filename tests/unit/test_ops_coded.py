@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from mapl.codecs import CodecEnd, CodecSettings, Role, build_codec
+from mapl.codecs import CODECS, CodecEnd, CodecSettings, Role, build_codec
 from mapl.ops.gathered import gathered_mm
 from mapl.ops.gathered_operands import GatheredOperands
 
@@ -24,7 +24,7 @@ def kernels(monkeypatch):
 
 
 def build(name, width, dtype, device, role=Role.ACTIVATION, sends=True):
-    settings = CodecSettings(rvq_groups=2, rvq_codes=256, rvq_rounds=2)
+    settings = CodecSettings(topk=4, rvq_groups=2, rvq_codes=256, rvq_rounds=2)
     end = CodecEnd(role=role, width=width, dtype=dtype, seed=3, settings=settings, sends=sends)
     return build_codec(name, end).to(device)
 
@@ -37,7 +37,7 @@ def operands(n, a, k, m, dtype, device):
     return GatheredOperands(left, table, ids, weight)
 
 
-@pytest.mark.parametrize("name", ["pipeline", "fp8", "int8", "int4", "rvq"])
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("role", Role)
 @every_dtype
 @every_size
@@ -72,7 +72,7 @@ def test_what_is_not_finite_shows_in_the_bytes(name, device):
     assert out[:3].isfinite().all() and out[7:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["pipeline", "fp8", "int8", "int4", "rvq"])
+@pytest.mark.parametrize("name", CODECS)
 @every_dtype
 @every_size
 def test_product_from_codes_is_that_of_what_they_decode_to(name, dtype, size, device):

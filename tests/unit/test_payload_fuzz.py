@@ -33,7 +33,7 @@ def build(choice: Choice, *, sends: bool) -> Channel:
         width=WIDTH,
         dtype=dtype,
         seed=1,
-        settings=CodecSettings(group_size=7, rvq_groups=3, rvq_codes=16),
+        settings=CodecSettings(group_size=7, topk=5, rvq_groups=3, rvq_codes=16),
         shards=shards,
         sends=sends,
     )

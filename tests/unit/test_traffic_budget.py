@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from mapl.codecs import CodecSettings
+from mapl.traffic import KINDS
 from traffic_budget import Job, budget
 
 SMALL = Job(hidden_size=64, rank=8, vocab_size=256, micro_batch_tokens=64, step_tokens=128)
@@ -58,6 +59,15 @@ def test_codecs(codec: str, bits: int) -> None:
     assert total["latents"] == 2 * SMALL.step_tokens * SMALL.rank * bits // 8
     assert total["scales"] == 2 * SMALL.step_tokens * 2  # bf16, one for each token
     assert bool(total["codebook"]) == (codec == "rvq")
+
+
+def test_topk_counts_values_and_their_places() -> None:
+    codecs = CodecSettings(topk=3)
+    job = dataclasses.replace(SMALL, forward_codec="topk", backward_codec="topk", codecs=codecs)
+    total = budget(job)["total"]
+    assert total["latents"] == total["indices"] == 2 * SMALL.step_tokens * 3 * 2
+    assert total["sent"] == sum(total[kind] for kind in KINDS)
+    assert total["overhead"] > 0.5
 
 
 def test_whole_codebooks_are_counted_where_they_cross_after_each_step() -> None:
