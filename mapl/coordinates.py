@@ -26,7 +26,7 @@ class Coordinates:
     Attributes:
         table: as given.
         shape: that of C.
-        ids: int32 or int64 [n], flat.
+        ids: int32 or int64 [n], flat and contiguous.
 
     Raises:
         ValueError: ids that are not integers.
@@ -36,7 +36,7 @@ class Coordinates:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"token ids must be integers, got {ids.dtype}")
         self.table, self.shape = table, (*ids.shape, table.size(1))
-        flat = ids.flatten()
+        flat = ids.flatten().contiguous()  # kernels read them one after the other
         self.ids = flat if flat.dtype in (torch.int32, torch.int64) else flat.long()
         self._order = TokenOrder(self.ids)
         self._adds: bool | None = None  # of the first use

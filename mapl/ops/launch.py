@@ -27,6 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         args: tensors, numbers and Nones: the first parameters of the kernel, in order.
         constants: the others, all of them `tl.constexpr`, and num_warps, num_stages.
     """
+    assert all(type(arg) in (int, float) or arg is None or hasattr(arg, "data_ptr") for arg in args)
     if not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
         kernel[grid](*args, **constants)  # Triton's interpreter, or somebody who listens
         return
@@ -37,6 +38,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         compiled = kernel[grid](*args, **constants)
         if len(_compiled) >= _MOST:
             _compiled.clear()
+        if compiled is None:  # a hook of Triton's cache took it over
+            return
         names = kernel.arg_names[len(args) :]
         _compiled[key] = kernel, compiled, tuple(constants[name] for name in names)
         return

@@ -45,7 +45,10 @@ class TokenOrder:
 
     @property
     def ascending(self) -> tuple[Tensor, Tensor]:
-        """The sorted ids, int32 [n], and where each stood, [n] integers; equal ids in order."""
+        """The sorted ids, int32 [n], and where each stood, [n] integers; equal ids in order.
+
+        Few ids are sorted on the stream of the first who asks; others must ask on the same.
+        """
         if self._sorted is None:
             self._sorted = self._sort()
         if self._ready is not None:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from mapl.coordinates import Coordinates
 from mapl.ops.scatter import TokenOrder, reference_scatter_add, scatter_add
 
 V = 300
@@ -32,6 +33,19 @@ def test_rows_that_are_not_contiguous(device):
     scatter_add(totals[1], TokenOrder(ids), rows[:1].expand(3, 7).T.contiguous().T)
     torch.testing.assert_close(totals[0, 2], rows[0] + rows[2])
     torch.testing.assert_close(totals[1, 2], 2 * rows[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ids_that_are_a_slice(dtype, device):
+    ids = torch.arange(80, dtype=dtype, device=device)[::2]
+    table = torch.randn(80, 16, device=device).requires_grad_()
+    coordinates = Coordinates(table, ids[:, None])
+    torch.testing.assert_close(coordinates.rows(), table[::2].detach())
+    dc = torch.randn(40, 16, device=device)
+    gradient = coordinates.table_gradient(table, dc, adds=False, last=True)
+    torch.testing.assert_close(gradient[::2], dc)
+    assert not gradient[1::2].any()
+    assert coordinates.ids.is_contiguous()
 
 
 def common_and_rare(n):

@@ -106,6 +106,8 @@ def _sums(payload: Tensor) -> Tensor:
     Launches on one stream come one after the other; those of two must not share it. A captured
     graph may be replayed on any stream, and gets its own.
     """
+    # Kernels take its bytes for words.
+    assert payload.data_ptr() % 8 == 0 and payload.is_contiguous(), "a payload is whole words"
     device = payload.device
     if device.type != "cuda":
         return _zeros(device, 0)

@@ -6,12 +6,12 @@ one projector, with tiles and an order of summation that depend on d and r alone
 result is the same, bit for bit, whatever else is in the batch, which cuBLAS does not promise. Only
 maxima, which heed no order, are formed by atomics.
 
-fp32 operands are split into three bf16 parts each, whose sum they are exactly, and the six products
-of parts that reach fp32's last bit go through the tensor cores ("bf16x6"). Tensor cores truncate as
-they sum, so only a block of `DEPTH` is summed there, from zero; blocks are added in fp32, rounded
-to nearest. Square matrices lie in memory as their parts, [B, 3, r, r] bf16, for each is an operand
-many times: parts go to the tensor cores as they are loaded, where fp32 numbers would be split in
-registers and written to shared memory by each program anew.
+fp32 operands are split into three bf16 parts each, whose sum they are exactly (from 2⁻¹¹⁰ on), and
+the six products of parts that reach fp32's last bit go through the tensor cores ("bf16x6"). Tensor
+cores truncate as they sum, so only a block of `DEPTH` is summed there, from zero; blocks are added
+in fp32, rounded to nearest. Square matrices lie in memory as their parts, [B, 3, r, r] bf16, for
+each is an operand many times: parts go to the tensor cores as they are loaded, where fp32 numbers
+would be split in registers and written to shared memory by each program anew.
 
 Tall matrices of separate projectors lie in separate allocations: such an operand is a pointer to
 the first and a table of offsets from it, in elements.
@@ -65,6 +65,12 @@ def _parts(x):
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _square_at(pointer, b, R: tl.constexpr):
+    """The b-th of square matrices."""
+    return pointer + b.to(tl.int64) * 3 * R * R
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def sum_kernel(
         on_diagonal = (rows[:, None] == columns[None, :]) & (rows[:, None] < R)
         gram = tl.where(on_diagonal, 1.0, 0.0) - gram
         tl.atomic_max(distance_ptr + b, _bits_of_largest(gram))
-    out = out_ptr + b * 3 * R * R
+    out = _square_at(out_ptr, b, R)
     _store_square(out, gram, rows, columns, R)
     if i != j:
         _store_square(out, tl.trans(gram), columns, rows, R)
@@ -259,18 +265,19 @@ def square_kernel(
         b -= batch
         left, added, out = other_left_ptr, other_added_ptr, other_out_ptr
         one, linear, quadratic = other_one, other_linear, other_quadratic
-    at = b * 3 * R * R
+    left, added, out = _square_at(left, b, R), _square_at(added, b, R), _square_at(out, b, R)
+    right = _square_at(right_ptr, b, R)
     rows = tl.program_id(1) * SQUARE + tl.arange(0, SQUARE)
     columns = tl.program_id(0) * SQUARE + tl.arange(0, SQUARE)
     total = tl.zeros((SQUARE, SQUARE), tl.float32)
     for k in range(0, R, DEPTH):
         depth = k + tl.arange(0, DEPTH)
-        x_high, x_middle, x_low = _load_parts(left + at, rows, depth, R)
-        y_high, y_middle, y_low = _load_parts(right_ptr + at, depth, columns, R)
+        x_high, x_middle, x_low = _load_parts(left, rows, depth, R)
+        y_high, y_middle, y_low = _load_parts(right, depth, columns, R)
         total += _product(x_high, x_middle, x_low, y_high, y_middle, y_low)
     identity = tl.where(rows[:, None] == columns[None, :], one, 0.0)
-    linear_term = linear * _load_square(added + at, rows, columns, R)
-    _store_square(out + at, identity + linear_term + quadratic * total, rows, columns, R)
+    linear_term = linear * _load_square(added, rows, columns, R)
+    _store_square(out, identity + linear_term + quadratic * total, rows, columns, R)
 
 
 @triton.jit
@@ -318,7 +325,7 @@ def momentum_kernel(
     """
     rows, columns, b = _tall_tile(TALL)
     a = _matrix(a_ptr, a_offsets, b)
-    symmetric = symmetric_ptr + b * 3 * R * R
+    symmetric = _square_at(symmetric_ptr, b, R)
     product = _tall_product(a, 1.0, symmetric, rows, columns, d, R, TALL, DEPTH)
     grad = _load(_matrix(grad_ptr, grad_offsets, b), rows, columns, d, R)
     momentum = _load(_matrix(momentum_ptr, momentum_offsets, b), rows, columns, d, R)
@@ -343,7 +350,7 @@ def apply_kernel(
     rows, columns, b = _tall_tile(TALL)
     at = b.to(tl.int64) * d * R
     scale = _power_of_two(largest_ptr, b)
-    q = q_ptr + b * 3 * R * R
+    q = _square_at(q_ptr, b, R)
     total = _tall_product(x_ptr + at, scale, q, rows, columns, d, R, TALL, DEPTH)
     _store(out_ptr + at, total * tl.load(norm_ptr + b), rows, columns, d, R)
 
@@ -364,7 +371,7 @@ def descend_kernel(
     """out = A − α XQ, [B, d, r]."""
     rows, columns, b = _tall_tile(TALL)
     at = b.to(tl.int64) * d * R
-    q = q_ptr + b * 3 * R * R
+    q = _square_at(q_ptr, b, R)
     product = _tall_product(x_ptr + at, 1.0, q, rows, columns, d, R, TALL, DEPTH)
     a = _load(_matrix(a_ptr, a_offsets, b), rows, columns, d, R)
     _store(out_ptr + at, a - tl.load(lr_ptr) * product, rows, columns, d, R)
@@ -402,7 +409,7 @@ def commit_kernel(
     ok = finite & (lr >= 0) & (lr <= highest_lr) & (distance <= furthest)
     tl.store(ok_ptr + b, ok, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     if ok:
-        correction = correction_ptr + b * 3 * R * R
+        correction = _square_at(correction_ptr, b, R)
         product = _tall_product(y_ptr + at, 1.0, correction, rows, columns, d, R, TALL, DEPTH)
         a = _load(y_ptr + at, rows, columns, d, R) + product
         _store(_matrix(a_ptr, a_offsets, b), a, rows, columns, d, R)
