@@ -97,8 +97,8 @@ class MaplConfig:
     virtual stages, else 0."""
 
     virtual_stages: int | None = None
-    """Boundaries inside one process: cuts the model where a pipeline of so many stages would be
-    cut, with the same projectors, anchors and codecs, whose payloads are made, counted and read but
+    """Boundaries inside one process: cuts the model where a pipeline of so many equal stages would
+    be cut, with the same projectors, anchors and codecs, whose payloads are made, counted and read but
     cross no network. For studies of quality; needs --pipeline-model-parallel-size 1. Default: the
     boundaries are those of the pipeline."""
 

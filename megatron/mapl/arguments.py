@@ -195,8 +195,20 @@ def _check_virtual_stages(stages: int, args: Any) -> None:
             f"{flag} cuts the model inside one process, but --pipeline-model-parallel-size "
             f"{args.pipeline_model_parallel_size} cuts it already; leave one of them out"
         )
-    uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
-    if uneven == (None, None) and args.num_layers % stages:
+    cuts = {
+        "--pipeline-model-parallel-layout": args.pipeline_model_parallel_layout,
+        "--decoder-first-pipeline-num-layers": args.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": args.decoder_last_pipeline_num_layers,
+        "--account-for-embedding-in-pipeline-split": args.account_for_embedding_in_pipeline_split,
+        "--account-for-loss-in-pipeline-split": args.account_for_loss_in_pipeline_split,
+    }
+    for other, value in cuts.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{other} cannot be used with {flag}, which cuts the model evenly; leave one of "
+                "them out"
+            )
+    if args.num_layers % stages:
         raise ValueError(
             f"{flag} does not divide --num-layers {args.num_layers}; choose a divisor of it"
         )

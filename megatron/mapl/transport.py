@@ -17,6 +17,9 @@ from megatron.mapl.patching import replace
 
 Direction = Literal["next", "prev"]
 
+#: How the direction of a message is called by who receives it.
+OPPOSITE: dict[Direction, Direction] = {"next": "prev", "prev": "next"}
+
 #: Python's default of 5 ms is how long a computing thread may keep a sending one from its work.
 SWITCH_SECONDS = 2e-4
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The boundaries of a pipeline inside one process: for studies of quality on one GPU or CPU.
 
-The model is cut where the stages of a pipeline would end. At each cut stand both ends of a
+The model is cut where the equal stages of a pipeline would end. At each cut stand both ends of a
 boundary, the same modules as in a pipeline. What one end packs the other unpacks, so that the
 numbers and the bytes are those of a pipeline; only nothing waits for a network.
 """
 
-import copy
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
@@ -14,14 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.mapl.model import StageBoundaries, input_ids
 from megatron.mapl.port import PAYLOAD, take_payload
 from megatron.mapl.runtime import MaplRuntime
-from megatron.mapl.transport import Operation
+from megatron.mapl.transport import OPPOSITE, Operation
 
 
 class VirtualStages(nn.ModuleList):
@@ -40,7 +38,7 @@ def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:
     """Megatron's pre-wrap hook, as `model.attach`, for a pipeline of one stage."""
     (chunk,) = chunks
     count = len(runtime.plan.ranks) + 1
-    ends = layer_ends(chunk.config, count)
+    ends = range(0, chunk.config.num_layers + 1, chunk.config.num_layers // count)
     stages = [
         StageBoundaries(
             runtime,
@@ -61,14 +59,6 @@ def attach(chunks: list[Any], runtime: MaplRuntime) -> list[Any]:
         layer = chunk.decoder.layers[receiver.first_layer]
         layer.register_forward_pre_hook(partial(_before_layer, sender, receiver), with_kwargs=True)
     return chunks
-
-
-def layer_ends(config: Any, stages: int) -> list[int]:
-    """Where the stages of a pipeline begin, in layers, and where the last one ends."""
-    cut = copy.copy(config)
-    cut.pipeline_model_parallel_size = stages
-    starts = [get_transformer_layer_offset(cut, None, stage) for stage in range(stages)]
-    return [*starts, config.num_layers]
 
 
 def _before_forward(chunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,10 +105,6 @@ class _Crossing(torch.autograd.Function):
         return ctx.sender.unpack_gradient(gradient), None, None
 
 
-#: How the direction of a message is called by who receives it.
-_OTHER = {"next": "prev", "prev": "next"}
-
-
 class Loopback:
     """A `Transport` from a process to itself, for what stages exchange once a step."""
 
@@ -130,6 +116,6 @@ class Loopback:
                 sent[operation.direction].append(operation.tensor)
         for operation in operations:
             if operation.kind == "recv":
-                operation.tensor.copy_(sent[_OTHER[operation.direction]].popleft())
+                operation.tensor.copy_(sent[OPPOSITE[operation.direction]].popleft())
         assert not any(sent.values()), "something was sent that nobody receives"
         return []

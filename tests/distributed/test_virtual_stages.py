@@ -81,6 +81,9 @@ def test_a_pipeline_goes_on_where_virtual_stages_left_off(cluster: Cluster, tmp_
     ("more", "message"),
     [
         (PP4, "--pipeline-model-parallel-size 4 cuts it already"),
+        ("--pipeline-model-parallel-layout EttttL", "-layout cannot be used with"),
+        ("--decoder-last-pipeline-num-layers 4", "-num-layers cannot be used with"),
+        ("--account-for-loss-in-pipeline-split", "-split cannot be used with"),
         ("--num-layers 6", "--mapl-virtual-stages 4 does not divide --num-layers 6"),
         (
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",

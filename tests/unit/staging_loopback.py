@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.mapl.transport import Operation
-
-#: How the direction of a message is called by who receives it.
-_OTHER = {"next": "prev", "prev": "next"}
+from megatron.mapl.transport import OPPOSITE, Operation
 
 
 class Loopback:
@@ -41,7 +38,7 @@ class Loopback:
         if op.kind == "send":
             self.queues[op.direction].put(op.tensor)
             return Work(None, op.tensor)
-        return Work(self.queues[_OTHER[op.direction]], op.tensor)
+        return Work(self.queues[OPPOSITE[op.direction]], op.tensor)
 
 
 class Work:
