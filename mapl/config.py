@@ -98,9 +98,9 @@ class MaplConfig:
 
     virtual_stages: int | None = None
     """Boundaries inside one process: cuts the model where a pipeline of so many equal stages would
-    be cut, with the same projectors, anchors and codecs, whose payloads are made, counted and read but
-    cross no network. For studies of quality; needs --pipeline-model-parallel-size 1. Default: the
-    boundaries are those of the pipeline."""
+    be cut, with the same projectors, anchors and codecs, whose payloads are made, counted and read
+    but cross no network. For studies of quality; needs --pipeline-model-parallel-size 1. Default:
+    the boundaries are those of the pipeline."""
 
     checkpoint: CheckpointMode = "match"
     """What --load does when the checkpoint's boundaries do not fit this run's: match (an error),
