@@ -247,7 +247,7 @@ def test_help_shows_the_docstrings() -> None:
         "Projector rank r, the width of what crosses a boundary",
         "Rank r_a of the factorized anchor; it costs memory, no traffic.",
         "{factorized,none,static,full}",
-        "{learned,fixed,unconstrained,none}",
+        "{learned,fixed,unconstrained,subspace,none}",
         "{pipeline,fp8,int8,int4,rvq,topk}",
         "--mapl-emulate-bandwidth",
         "--mapl-emulate-latency",
