@@ -183,7 +183,7 @@ _NEEDED: list[tuple[str, tuple[Any, ...], str, str, str]] = [
     ),
     (
         "hidden_dropout",
-        (0, 0.0),
+        (0.0,),
         "--hidden-dropout",
         "what dropout leaves of a vector is not in the subspace",
         "use --hidden-dropout 0",
@@ -255,10 +255,11 @@ def check_supported(args: Any) -> None:
                 f"{shown} cannot be used with --mapl-projector subspace: {why}; {remedy}"
             )
     replicas = args.data_parallel_size * args.context_parallel_size
-    layer_wise = args.use_layer_wise_distributed_optimizer
-    if replicas > 1 and (args.use_distributed_optimizer or layer_wise):
+    # Megatron turns the flag into the second setting for Muon, whose shards are whole weights.
+    shards = args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer
+    if replicas > 1 and shards:
         raise ValueError(
             f"--use-distributed-optimizer over {replicas} replicas cannot be used with "
             "--mapl-projector subspace: no process holds the optimizer's copy of all weights; "
-            "leave it out"
+            "leave it out (and use --optimizer muon, not dist_muon)"
         )

@@ -9,6 +9,7 @@ import torch
 
 from cluster import Cluster, Result
 from layouts import LAYOUTS, PP2, Layout
+from mapl.traffic import KINDS
 from test_checkpoint import SAVE, error_line
 
 RANK = 16
@@ -114,9 +115,10 @@ def test_one_subspace_and_one_table(cluster: Cluster) -> None:
         (anchor,) = record["anchors"]
         assert torch.equal(anchor["table"], result.records[0]["anchors"][0]["table"])
         assert anchor["table"].std().item() == pytest.approx(1, rel=0.05)
-    kinds = {kind for kind, count in result.traffic["total"].items() if count}
-    assert kinds == {"header", "ids", "latents", "sent", "uncompressed", "unsplit"} & kinds
-    assert {"ids", "latents"} <= kinds and "projector" not in kinds
+    total = result.traffic["total"]
+    assert {kind for kind in KINDS if total[kind]} == {"header", "ids", "latents"}
+    kept = [line["energy_kept"] for step in result.metrics for line in step["boundaries"]]
+    assert kept and all(energy == pytest.approx(1, abs=1e-5) for energy in kept)
 
 
 @pytest.mark.parametrize("name", ["pp4", "muon", "muon-bf16", "bf16", "distributed-bf16"])
