@@ -145,11 +145,6 @@ REFUSED = {
         SUBSPACE,
         "--use-distributed-optimizer over 2 replicas cannot .*; leave it out",
     ),
-    "subspace-sharded-muon": (
-        Layout(4, f"{PP2} --optimizer muon --use-distributed-optimizer"),
-        SUBSPACE,
-        "--use-distributed-optimizer over 2 replicas cannot .*; leave it out",
-    ),
     "moe-overlap": (
         MOE,
         "--mapl-rank 8 --overlap-moe-expert-parallel-comm",
