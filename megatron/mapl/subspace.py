@@ -87,7 +87,9 @@ class Subspace:
             if port.projector is not None
         ]
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (own, moved))
+        groups = self._runtime.stages[0].groups
+        counts = groups.tp.rank() == groups.dp_cp.rank() == 0  # others hold the same weights
+        dist.all_gather_object(everyone, (own, moved if counts else 0))
         subspaces = dict(item for digests, _ in everyone for item in digests)
         for boundary, digest in sorted(subspaces.items()):
             if digest != subspaces[0]:
@@ -132,7 +134,7 @@ class Subspace:
         """Whether the weight had to move."""
         main = _main(weight).view_as(weight)
         wide = main.float()
-        # Without an optimizer there are 16-bit weights alone, which rounding takes out by itself.
+        # Without an optimizer there are 16-bit weights alone, which rounding itself takes outside.
         tolerance = max(TOLERANCE, torch.finfo(main.dtype).eps)
         moves = bool(departure(wide, self._u(), dim) > tolerance)
         if moves:
