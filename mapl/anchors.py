@@ -176,11 +176,15 @@ def _check_sizes(vocab_size: int, hidden_size: int) -> None:
         )
 
 
-_BUILDERS: dict[str, Callable[[int, int, int, torch.Generator], Anchor]] = {
-    "none": lambda vocab, hidden, rank, generator: NoAnchor(),
-    "factorized": FactorizedAnchor,
-    "static": lambda vocab, hidden, rank, generator: StaticAnchor(vocab, hidden, generator),
-    "full": lambda vocab, hidden, rank, generator: FullAnchor(vocab, hidden),
+_BUILDERS: dict[str, Callable[[int, int, int, float, torch.Generator], Anchor]] = {
+    "none": lambda vocab, hidden, rank, std, generator: NoAnchor(),
+    "factorized": lambda vocab, hidden, rank, std, generator: FactorizedAnchor(
+        vocab, hidden, rank, generator
+    ),
+    "static": lambda vocab, hidden, rank, std, generator: StaticAnchor(
+        vocab, hidden, generator, std
+    ),
+    "full": lambda vocab, hidden, rank, std, generator: FullAnchor(vocab, hidden),
 }
 
 
@@ -191,6 +195,7 @@ def build_anchor(
     hidden_size: int,
     anchor_rank: int,
     generator: torch.Generator,
+    static_std: float = 0.02,
 ) -> Anchor:
     """The anchor that ``kind`` names: none, factorized, static or full.
 
@@ -200,10 +205,11 @@ def build_anchor(
         hidden_size: d.
         anchor_rank: r_a; the factorized anchor alone has one.
         generator: private CPU generator; see the class for what it must share with other stages.
+        static_std: standard deviation of the static anchor's table; the others have none.
 
     Raises:
         ValueError: a name that is not in the table, or sizes out of range.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown anchor {kind!r}; choose one of {', '.join(_BUILDERS)}")
-    return _BUILDERS[kind](vocab_size, hidden_size, anchor_rank, generator)
+    return _BUILDERS[kind](vocab_size, hidden_size, anchor_rank, static_std, generator)

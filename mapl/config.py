@@ -8,12 +8,15 @@ from typing import Literal
 from mapl.codecs import CodecSettings, check_rvq, check_topk
 
 AnchorKind = Literal["factorized", "none", "static", "full"]
-ProjectorKind = Literal["learned", "fixed", "unconstrained", "none"]
+ProjectorKind = Literal["learned", "fixed", "unconstrained", "subspace", "none"]
 CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq", "topk"]
 CheckpointMode = Literal["match", "fresh", "drop"]
 
 #: Codecs with one scale for each group of numbers.
 _GROUPED = ("fp8", "int8", "int4")
+
+#: Projectors without a gradient.
+_NOT_LEARNED = ("fixed", "subspace", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,9 @@ class MaplConfig:
 
     projector: ProjectorKind = "learned"
     """How the projector A is trained: learned (on the Stiefel manifold, by SPEL), fixed (random
-    orthonormal), unconstrained (no manifold); none: no projector, the codecs quantise the
-    activations themselves (ranks must then be the hidden size)."""
+    orthonormal), unconstrained (no manifold), subspace (a baseline, Subspace Networks: fixed, and
+    the model's weights are held in its span; needs --mapl-anchor static); none: no projector, the
+    codecs quantise the activations themselves (ranks must then be the hidden size)."""
 
     projector_lr_mult: float = 0.1
     """The projector's learning rate as a multiple of Megatron's."""
@@ -135,7 +139,7 @@ class MaplConfig:
                     f"--mapl-anchor-rank {self.anchor_rank} must be positive; use --mapl-anchor "
                     "none for no anchor"
                 )
-        if self.projector in ("fixed", "none") and self.projector_lr_mult != 0.1:
+        if self.projector in _NOT_LEARNED and self.projector_lr_mult != 0.1:
             raise ValueError(
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} has no effect with "
                 f"--mapl-projector {self.projector}; leave it out"
@@ -145,7 +149,7 @@ class MaplConfig:
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} must be positive and finite; "
                 "use --mapl-projector fixed for a projector that does not move"
             )
-        if self.projector in ("fixed", "none") and self.projector_exchange != "fp32":
+        if self.projector in _NOT_LEARNED and self.projector_exchange != "fp32":
             raise ValueError(
                 f"--mapl-projector-exchange {self.projector_exchange} has no effect with "
                 f"--mapl-projector {self.projector}, which has no gradient; leave it out"
@@ -155,6 +159,8 @@ class MaplConfig:
                 f"--mapl-projector none sends the activations themselves, without an anchor; give "
                 f"--mapl-anchor none in place of {self.anchor}"
             )
+        if self.projector == "subspace":
+            self._check_subspace()
         self._check_codecs()
         if self.receive_ahead is not None and self.receive_ahead < 0:
             raise ValueError(
@@ -167,6 +173,23 @@ class MaplConfig:
             )
         if self.log_interval is not None and self.log_interval <= 0:
             raise ValueError(f"--mapl-log-interval {self.log_interval} must be at least 1 step")
+
+    def _check_subspace(self) -> None:
+        if self.anchor != "static":
+            raise ValueError(
+                f"--mapl-projector subspace needs --mapl-anchor static, not {self.anchor}: the "
+                "same frozen table on every stage; add --mapl-anchor static"
+            )
+        if len({*self.rank}) > 1:
+            raise ValueError(
+                f"--mapl-rank {spaced(self.rank)} with --mapl-projector subspace: all boundaries "
+                "share one subspace; give one rank for all of them"
+            )
+
+    @property
+    def static_anchor_std(self) -> float:
+        """Standard deviation of the static anchor's table."""
+        return 1.0 if self.projector == "subspace" else 0.02
 
     def _check_codecs(self) -> None:
         used = {*self.forward_codec, *self.backward_codec}

@@ -209,6 +209,7 @@ PROJECTORS: dict[str, type[Projector]] = {
     "learned": LearnedProjector,
     "fixed": FixedProjector,
     "unconstrained": UnconstrainedProjector,
+    "subspace": FixedProjector,  # what moves is the model: see mapl.subspace
 }
 
 

@@ -13,7 +13,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
-from megatron.mapl import gpt
+from megatron.mapl import gpt, subspace
 
 PREFIX = "mapl_"
 
@@ -152,6 +152,8 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             "used with --mapl-rank: its prediction layers (m) send several tensors over one "
             "boundary; put them into the last stage, before L"
         )
+    if config.projector == "subspace":
+        subspace.check_supported(args)
     step = (args.lr or 0.0) * config.projector_lr_mult
     if config.projector == "learned" and step >= 1:
         raise ValueError(

@@ -79,6 +79,11 @@ def guarded_load(
             if args.finetune:
                 _forget_momentum(runtime)
             check_sides(runtime)
+            if runtime.subspace is not None:
+                try:
+                    runtime.subspace.settle(loaded=True)
+                except ValueError as error:
+                    exit_with_error(error)
         return result
 
     return prepare_and_load

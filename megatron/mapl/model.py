@@ -92,6 +92,7 @@ class StageBoundaries(nn.Module):
             generator=private_generator(
                 runtime.seed, "anchor", 0 if runtime.config.anchor == "static" else self.first_layer
             ),
+            static_std=runtime.config.static_anchor_std,
         )
         tags = {
             "is_embedding_or_output_parameter": True,  # Adam, where matrices get Muon

@@ -4,8 +4,9 @@
 The projectors stay outside of DDP and of the distributed optimizer, which shards flat buffers and
 cannot take a matrix step. `with_projectors` gives Megatron's optimizer object a class that adds
 three things to its own: clear the projectors' gradients, take the loss scale off them, and step the
-projectors when (and only when) the optimizer itself steps. A parameter group without parameters
-lets Megatron's scheduler drive their learning rate.
+projectors when (and only when) the optimizer itself steps, after which the model's weights may have
+to go back into a subspace (subspace.py). A parameter group without parameters lets Megatron's
+scheduler drive their learning rate.
 """
 
 import types
@@ -46,6 +47,8 @@ class _WithProjectors:
         if success:
             learning = [p for p in self._mapl.projectors() if p.learns]
             step_all(learning, self._mapl.config.projector_lr_mult * self._mapl_group["lr"])
+            if self._mapl.subspace is not None:
+                self._mapl.subspace.project()
         return success
 
 

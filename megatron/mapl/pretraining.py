@@ -50,6 +50,7 @@ from megatron.mapl import (
     metrics,
     model,
     staging,
+    subspace,
     upstream,
     virtual_stages,
 )
@@ -283,6 +284,9 @@ def _hook_into_megatron(model_config: Any, runtime: MaplRuntime, receive_ahead: 
     """The seams: model, gradients, communicator, schedule, optimizer, log, save."""
     attach = virtual_stages.attach if runtime.config.virtual_stages else model.attach
     model_config.pre_wrap_hooks.append(partial(attach, runtime=runtime))
+    if runtime.config.projector == "subspace":
+        runtime.subspace = subspace.Subspace(runtime)
+        model_config.pre_wrap_hooks.append(runtime.subspace.attach)
     model_config.transformer.finalize_model_grads_func = partial(grads.finalize, runtime=runtime)
     # Looked up at each schedule call, which builds a communicator a step.
     replace(schedules, "P2PCommunicator", partial(MaplP2PCommunicator, runtime=runtime))
@@ -298,7 +302,11 @@ def _hook_into_megatron(model_config: Any, runtime: MaplRuntime, receive_ahead: 
         torch.distributed.barrier(group=runtime.stages[0].groups.pp)
         checkpoint.check_sides(runtime)  # both drew the same projector, whatever their hardware
         kwargs["config_overrides"] = without_anchor_decay(kwargs.get("config_overrides"))
-        return with_projectors(build_optimizer(config, chunks, **kwargs), config, runtime)
+        optimizer = build_optimizer(config, chunks, **kwargs)
+        if runtime.subspace is not None:
+            runtime.subspace.check_optimizer()
+            runtime.subspace.settle(loaded=False)
+        return with_projectors(optimizer, config, runtime)
 
     replace(megatron_training, "get_megatron_optimizer", build_with_projectors)
     recording = metrics.recording(megatron_training.training_log, runtime)

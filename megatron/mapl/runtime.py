@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mapl.projectors import Projector
     from megatron.mapl.model import StageBoundaries
     from megatron.mapl.port import Port
+    from megatron.mapl.subspace import Subspace
     from megatron.mapl.transfers import InFlight
     from megatron.mapl.transport import Transport
 
@@ -40,6 +41,7 @@ class MaplRuntime:
         ledger, guard: bytes sent, payloads checked.
         transport: what takes the place of `torch.distributed` between stages, if anything does.
         in_flight: transfers that go on while a stage computes, during a schedule that has them.
+        subspace: what holds the model's weights in the span of a fixed projector, if anything does.
         communication_seconds: host time in exchanges and in waiting for them, since the first step.
         training_seconds: wall-clock time since the first step, evaluations and saves included.
         steps, tokens: of this run.
@@ -58,6 +60,7 @@ class MaplRuntime:
     guard: PayloadGuard = field(default_factory=PayloadGuard)
     transport: "Transport | None" = None
     in_flight: "InFlight | None" = None
+    subspace: "Subspace | None" = None
     communication_seconds: float = 0.0
     training_seconds: float = 0.0
     steps: int = 0

@@ -246,3 +246,10 @@ def whole_mock_data(record: dict[str, Any]) -> None:
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     MockGPTLowLevelDataset.size = 100000
+
+
+def note_subspace(record: dict[str, Any]) -> None:
+    """No fault: notes activations at boundaries, and how far weights are outside of span U."""
+    import subspace_notes
+
+    subspace_notes.install(record)

@@ -21,6 +21,8 @@ MOE = Layout(
     "--moe-token-dispatcher-type alltoall",
 )
 
+SUBSPACE = "--mapl-rank 8 --mapl-anchor static --mapl-projector subspace"
+
 #: layout, flags, and what the one line must say: the flag, its value, the remedy.
 REFUSED = {
     "rank-above-width": (
@@ -105,6 +107,43 @@ REFUSED = {
         TWO,
         "--mapl-rank 8 --mapl-projector none --mapl-anchor none",
         "--mapl-rank 8 with --mapl-projector none: .*give the --hidden-size, 64",
+    ),
+    "subspace-anchor": (
+        TWO,
+        "--mapl-rank 8 --mapl-projector subspace",
+        "--mapl-projector subspace needs --mapl-anchor static, not factorized: .*; add --mapl",
+    ),
+    "subspace-ranks": (
+        LAYOUTS["pp4"],
+        f"{SUBSPACE} --mapl-rank 8 16 8",
+        "--mapl-rank 8 16 8 with --mapl-projector subspace: .*; give one rank for all of them",
+    ),
+    "subspace-biases": (
+        Layout(2, PP2, without=("--disable-bias-linear",)),
+        SUBSPACE,
+        "biases .no --disable-bias-linear. cannot be used .*; add --disable-bias-linear",
+    ),
+    "subspace-tied": (
+        LAYOUTS["tied-embeddings"],
+        SUBSPACE,
+        "tied embeddings .*; add --untie-embeddings-and-output-weights",
+    ),
+    "subspace-dropout": (
+        TWO,
+        f"{SUBSPACE} --hidden-dropout 0.1",
+        "--hidden-dropout 0.1 cannot be used with .*; use --hidden-dropout 0",
+    ),
+    "subspace-positions": (
+        TWO,
+        f"{SUBSPACE} --position-embedding-type learned_absolute",
+        "--position-embedding-type learned_absolute cannot .*; use --position-embedding-type rope",
+    ),
+    "subspace-moe": (LAYOUTS["moe-ep2"], SUBSPACE, "--num-experts 4 cannot .*; leave it out"),
+    "subspace-mtp": (LAYOUTS["mtp"], SUBSPACE, "--mtp-num-layers 1 cannot .*; leave it out"),
+    "subspace-sharded": (
+        LAYOUTS["pp2-dp2-distributed-optimizer"],
+        SUBSPACE,
+        "--use-distributed-optimizer over 2 replicas cannot .*; leave it out",
     ),
     "moe-overlap": (
         MOE,

@@ -24,6 +24,7 @@ CODECS = {
     "--mapl-forward-codec topk --mapl-backward-codec topk",
     "projector none": "--mapl-projector none --mapl-anchor none --mapl-forward-codec int8",
     "full anchor": "--mapl-anchor full",
+    "subspace": "--mapl-projector subspace --mapl-anchor static",
 }
 
 

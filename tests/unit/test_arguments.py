@@ -36,6 +36,10 @@ MEGATRON = {
     "mtp_num_layers": None,
     "num_layers": 4,
     "lr": 1e-3,
+    "data_parallel_size": 1,
+    "context_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "use_layer_wise_distributed_optimizer": False,
 }
 
 ANSWER = """
@@ -153,6 +157,62 @@ ALLOWED_BESIDE: dict[str, dict[str, Any]] = {
     "no-learning-rate": {"lr": None},
 }
 
+SUBSPACE = "--mapl-rank 8 --mapl-anchor static --mapl-projector subspace"
+
+REFUSED_BESIDE_SUBSPACE: dict[str, tuple[dict[str, Any], str]] = {
+    "biases": ({"add_bias_linear": True}, "biases .*; add --disable-bias-linear"),
+    "tied": (
+        {"untie_embeddings_and_output_weights": False},
+        "tied embeddings .*; add --untie-embeddings-and-output-weights",
+    ),
+    "dropout": ({"hidden_dropout": 0.1}, "--hidden-dropout 0.1 .*; use --hidden-dropout 0"),
+    "positions": (
+        {"position_embedding_type": "learned_absolute"},
+        "--position-embedding-type learned_absolute .*; use --position-embedding-type rope",
+    ),
+    "moe": ({"num_experts": 4}, "--num-experts 4 .*; leave it out"),
+    "mtp": ({"mtp_num_layers": 1}, "--mtp-num-layers 1 .*; leave it out"),
+    "attention": (
+        {"experimental_attention_variant": "gated_delta_net"},
+        "--experimental-attention-variant gated_delta_net .*; leave it out",
+    ),
+    "norm": (
+        {"apply_residual_connection_post_layernorm": True},
+        "--apply-residual-connection-post-layernorm cannot .*; leave it out",
+    ),
+    "fp8": ({"fp8": "hybrid"}, "--fp8-format hybrid .*; leave it out"),
+    "fp4": ({"fp4": "e2m1"}, "--fp4-format e2m1 .*; leave it out"),
+    "precision": (
+        {"use_precision_aware_optimizer": True},
+        "--use-precision-aware-optimizer cannot .*; leave it out",
+    ),
+    "torch-fsdp": ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot .*; leave it out"),
+    "distributed": (
+        {"use_distributed_optimizer": True, "data_parallel_size": 2},
+        "--use-distributed-optimizer over 2 replicas .*; leave it out",
+    ),
+    "distributed-context": (
+        {"use_distributed_optimizer": True, "context_parallel_size": 4},
+        "--use-distributed-optimizer over 4 replicas .*; leave it out",
+    ),
+    "layer-wise": (
+        {"use_layer_wise_distributed_optimizer": True, "data_parallel_size": 2},
+        "--use-distributed-optimizer over 2 replicas .*use --optimizer muon, not dist_muon",
+    ),
+}
+
+ALLOWED_BESIDE_SUBSPACE: dict[str, dict[str, Any]] = {
+    "llama": {
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "hidden_dropout": 0.0,
+        "position_embedding_type": "rope",
+        "num_experts": None,
+    },
+    "whole": {"use_distributed_optimizer": True},
+    "replicas": {"data_parallel_size": 2},
+}
+
 SHARED_LINKS = {
     "8 8 16": "--mapl-rank 8 8 16 differs for boundaries 0 and 2, ",
     "8 0 8": None,
@@ -166,10 +226,13 @@ Answers = Callable[..., dict[str, Any]]
 def answers() -> Answers:
     """Looks up what one process answered to all cases of this file."""
     beside = [megatron for megatron, _ in REFUSED_BESIDE.values()] + [*ALLOWED_BESIDE.values()]
+    beside_subspace = [megatron for megatron, _ in REFUSED_BESIDE_SUBSPACE.values()]
+    beside_subspace += ALLOWED_BESIDE_SUBSPACE.values()
     virtual = {"virtual_pipeline_model_parallel_size": 2}
     cases: list[tuple[list[str], dict[str, Any]]] = [
         *((flags.split(), {}) for flags in (*READ, *REFUSED_FLAGS)),
         *((["--mapl-rank", "8"], megatron) for megatron in beside),
+        *((SUBSPACE.split(), megatron) for megatron in beside_subspace),
         *((["--mapl-rank", *ranks.split()], virtual) for ranks in SHARED_LINKS),
     ]
     asked = [(words, {**MEGATRON, **megatron}) for words, megatron in cases]
@@ -208,6 +271,17 @@ def test_features_of_megatron_are_let_through(answers: Answers, name: str) -> No
     assert answers("--mapl-rank 8", ALLOWED_BESIDE[name])["error"] is None
 
 
+@pytest.mark.parametrize("name", REFUSED_BESIDE_SUBSPACE)
+def test_what_leaves_the_subspace_is_refused(answers: Answers, name: str) -> None:
+    megatron, message = REFUSED_BESIDE_SUBSPACE[name]
+    assert_error(answers(SUBSPACE, megatron), message)
+
+
+@pytest.mark.parametrize("name", ALLOWED_BESIDE_SUBSPACE)
+def test_what_stays_in_the_subspace_is_let_through(answers: Answers, name: str) -> None:
+    assert answers(SUBSPACE, ALLOWED_BESIDE_SUBSPACE[name])["error"] is None
+
+
 @pytest.mark.parametrize("ranks", SHARED_LINKS)
 def test_boundaries_on_one_link_have_one_rank(answers: Answers, ranks: str) -> None:
     answer = answers(f"--mapl-rank {ranks}", {"virtual_pipeline_model_parallel_size": 2})
@@ -223,12 +297,13 @@ EXISTING = """
 import argparse
 from megatron.mapl import cpu
 cpu.install()
-from megatron.mapl import arguments
+from megatron.mapl import arguments, subspace
 from megatron.training.arguments import add_megatron_arguments
 parser = argparse.ArgumentParser()
 add_megatron_arguments(parser)
 known = {action.dest for action in parser._actions}
-missing = {*arguments._UNSUPPORTED, "cuda_graph_impl"} - known
+looked_up = {*arguments._UNSUPPORTED, "cuda_graph_impl", *(need[0] for need in subspace._NEEDED)}
+missing = looked_up - known
 assert not missing, missing
 """
 
@@ -247,7 +322,7 @@ def test_help_shows_the_docstrings() -> None:
         "Projector rank r, the width of what crosses a boundary",
         "Rank r_a of the factorized anchor; it costs memory, no traffic.",
         "{factorized,none,static,full}",
-        "{learned,fixed,unconstrained,none}",
+        "{learned,fixed,unconstrained,subspace,none}",
         "{pipeline,fp8,int8,int4,rvq,topk}",
         "--mapl-emulate-bandwidth",
         "--mapl-emulate-latency",

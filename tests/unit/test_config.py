@@ -28,6 +28,27 @@ from mapl.plan import plan_boundaries
             {"rank": [8], "projector": "fixed", "projector_exchange": "bf16"},
             r"--mapl-projector-exchange bf16 has no effect with --mapl-projector fixed",
         ),
+        (
+            {"rank": [8], "projector": "subspace"},
+            r"--mapl-projector subspace needs --mapl-anchor static, not factorized: .*; add --mapl",
+        ),
+        (
+            {"rank": [8, 0], "projector": "subspace", "anchor": "static"},
+            r"--mapl-rank 8 0 with --mapl-projector subspace: .*; give one rank for all",
+        ),
+        (
+            {"rank": [8, 16], "projector": "subspace", "anchor": "static"},
+            r"--mapl-rank 8 16 with --mapl-projector subspace: .*; give one rank for all",
+        ),
+        (
+            {
+                "rank": [8],
+                "projector": "subspace",
+                "anchor": "static",
+                "projector_lr_mult": 1.0,
+            },
+            r"--mapl-projector-lr-mult 1.0 has no effect with --mapl-projector subspace",
+        ),
         ({"rank": [8], "codec_group_size": 32}, r"--mapl-codec-group-size 32 has no effect"),
         (
             {"rank": [8], "codec_group_size": 0, "forward_codec": ["int8"]},

@@ -27,6 +27,7 @@ def test_names():
         "learned": LearnedProjector,
         "fixed": FixedProjector,
         "unconstrained": UnconstrainedProjector,
+        "subspace": FixedProjector,
     } == PROJECTORS
 
 
@@ -36,7 +37,7 @@ def test_starts_on_the_manifold_and_outside_other_optimizers(kind):
     assert torch.equal(projector.A, random_stiefel(24, 6, seeded()))
     assert not projector.A.requires_grad and projector.A.dtype == torch.float32
     assert projector.skipped_steps.dtype == torch.int64 and projector.skipped_steps == 0
-    expected = {"A"} if kind == "fixed" else {"A", "momentum"}
+    expected = {"A"} if kind in ("fixed", "subspace") else {"A", "momentum"}
     assert set(projector.state_dict()) == expected
 
 
