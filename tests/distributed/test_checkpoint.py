@@ -87,6 +87,8 @@ def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, m
             assert all(torch.equal(one[key], other[key]) for key in one)
     for one, other in zip(straight.records, resumed.records, strict=True):
         assert one["payloads"] == other["payloads"]
+        assert one["lowrank"].keys() == other["lowrank"].keys()
+        assert all(torch.equal(q, other["lowrank"][place]) for place, q in one["lowrank"].items())
         for place, codebooks in one["codebooks"].items():
             for ours, theirs in zip(codebooks, other["codebooks"][place], strict=True):
                 assert torch.equal(ours, theirs)
@@ -263,16 +265,20 @@ def test_another_codec_starts_fresh(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_lowrank_goes_on_or_starts_fresh(cluster: Cluster, tmp_path: Path) -> None:
-    """Q is read where it fits; fewer stages find those of the cuts that still exist."""
+    """Q is read where it fits; fewer stages find that of the cut which still exists."""
     more = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
     lowrank = codecs("pipeline", "lowrank")
     save = f"{lowrank} --save {tmp_path} --exit-interval 2"
-    cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, save))
+    before = cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, save))
+    saved = before.records[2]["lowrank"][1]  # after layer 2, of the stage that sends gradients
     for settings, fresh in ((lowrank, False), (f"{lowrank} --mapl-lowrank-q 5", True)):
         load = f"{settings} --load {tmp_path}"
         after = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more, load))
         note = "mapl.cut_2.backward_codec: the checkpoint has no Q of this size; it starts fresh"
         assert (note in after.log) == fresh
+        assert after.records[0]["lowrank"] == {}
+        loaded = after.records[1]["loaded_lowrank"][0]
+        assert loaded.shape == (RANK, 5) if fresh else torch.equal(loaded, saved)
         assert after.losses[-1] < 5.5
 
 

@@ -61,6 +61,18 @@ def assert_codebooks_equal(result: Result, boundaries: int, copies_each: int) ->
                 assert one.isfinite().all() and one.abs().max() > 0
 
 
+def assert_one_q_each(result: Result, boundaries: int, copies_each: int) -> None:
+    """Every process that sends gradients over a boundary goes on with the same Q."""
+    held: dict[int, list[torch.Tensor]] = {}
+    for record in result.records:
+        for boundary, q in record["lowrank"].items():
+            held.setdefault(boundary, []).append(q)
+    assert sorted(held) == list(range(boundaries))
+    for copies in held.values():
+        assert len(copies) == copies_each
+        assert all(torch.equal(copy, copies[0]) and copy.isfinite().all() for copy in copies)
+
+
 @pytest.mark.parametrize(("name", "pair"), RUNS)
 def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
     layout = LAYOUTS[name]
@@ -74,6 +86,8 @@ def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
     if "rvq" in PAIRS[pair]:
         assert_codebooks_equal(result, boundaries, 2 * replicas)
         assert all(line["codebooks"] for line in result.metrics)
+    if "lowrank" in PAIRS[pair]:
+        assert_one_q_each(result, boundaries, replicas)
     assert result.losses[-1] < result.losses[0] - 0.02
     total = result.traffic["total"]
     assert bool(total["scales"]) == bool({*PAIRS[pair]} - {"topk", "pipeline", "lowrank"})
