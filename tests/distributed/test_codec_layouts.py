@@ -27,7 +27,7 @@ RUNS = [
     ("pp4", "int4-int8"),
     *((name, "topk-topk") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16")),
     *((name, "pipeline-lowrank") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "tp2-sp-pp2")),
-    *((name, "pipeline-lowrank") for name in ("pp2-dp2-distributed-optimizer-overlaps", "fp16")),
+    *((name, "pipeline-lowrank") for name in ("pp2-dp2-distributed-optimizer", "bf16", "fp16")),
 ]
 
 
