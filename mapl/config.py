@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mapl.codecs import CodecSettings, check_rvq, check_topk
+from mapl.codecs import CodecSettings, check_lowrank, check_rvq, check_topk
+from mapl.codecs.settings import LOWRANK_FORWARD
 
 AnchorKind = Literal["factorized", "none", "static", "full"]
 ProjectorKind = Literal["learned", "fixed", "unconstrained", "subspace", "none"]
-CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq", "topk"]
+CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq", "topk", "lowrank"]
 CheckpointMode = Literal["match", "fresh", "drop"]
 
 #: Codecs with one scale for each group of numbers.
@@ -59,13 +60,18 @@ class MaplConfig:
     numbers and their places); one for all boundaries, or one for each."""
 
     backward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
-    """The same for the latents' gradients; int8 and int4 round them stochastically."""
+    """The same for the latents' gradients; int8 and int4 round them stochastically. lowrank, for
+    gradients alone, sends a product of two thin matrices and adds what that leaves out to the next
+    micro-batch."""
 
     codec_group_size: int | None = None
     """Numbers that share a scale in fp8, int8 and int4. Default: 64."""
 
     topk: int | None = None
     """K, numbers of largest magnitude that topk keeps of each token; it needs this."""
+
+    lowrank_q: int | None = None
+    """Q, columns of the two matrices that lowrank sends for a micro-batch; it needs this."""
 
     rvq_groups: int | None = None
     """G, parts that rvq splits a latent into. Default: rank / 8."""
@@ -210,6 +216,13 @@ class MaplConfig:
                 f"--mapl-topk {self.topk} has no effect without topk; leave it out, or give "
                 "--mapl-forward-codec topk or --mapl-backward-codec topk"
             )
+        if "lowrank" in self.forward_codec:
+            raise ValueError(LOWRANK_FORWARD)
+        if self.lowrank_q is not None and "lowrank" not in used:
+            raise ValueError(
+                f"--mapl-lowrank-q {self.lowrank_q} has no effect without lowrank; leave it out, "
+                "or give --mapl-backward-codec lowrank"
+            )
         if self.rvq_sync in ("full", "frozen"):
             for name in ("rvq_sync_entries", "rvq_order"):
                 if (value := getattr(self, name)) is not None:
@@ -225,6 +238,8 @@ class MaplConfig:
             check_rvq(self.codec_settings)
         if "topk" in used:
             check_topk(self.codec_settings)
+        if "lowrank" in used:
+            check_lowrank(self.codec_settings)
 
     @property
     def codec_settings(self) -> CodecSettings:
@@ -232,6 +247,7 @@ class MaplConfig:
         given = {
             "group_size": self.codec_group_size,
             "topk": self.topk,
+            "lowrank_q": self.lowrank_q,
             **{name: value for name, value in vars(self).items() if name.startswith("rvq_")},
         }
         return CodecSettings(**{name: value for name, value in given.items() if value is not None})

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from mapl.codecs import check_rvq, check_topk
+from mapl.codecs import check_lowrank, check_rvq, check_topk
 from mapl.config import CodecName, MaplConfig, spaced
 
 
@@ -77,6 +77,8 @@ def plan_boundaries(
             check_rvq(config.codec_settings, width=settled.width(boundary), shards=shards)
         if "topk" in used:
             check_topk(config.codec_settings, width=settled.width(boundary))
+        if "lowrank" in used:
+            check_lowrank(config.codec_settings, width=settled.width(boundary))
     return settled
 
 

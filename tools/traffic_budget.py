@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     numbers: dict[str, Callable[[str], Any]] = {
         "codec-group-size": int,
         "topk": int,
+        "lowrank-q": int,
         "rvq-groups": int,
         "rvq-rounds": int,
         "rvq-codes": int,

@@ -8,10 +8,18 @@ import torch
 
 from mapl.codecs.base import Codec, Role
 from mapl.codecs.counter_random import stream_key
+from mapl.codecs.lowrank import LowRankCodec
 from mapl.codecs.numeric import DtypeCodec
 from mapl.codecs.residual_vq import ResidualVQCodec
 from mapl.codecs.scaled import Fp8Codec, Int4Codec, Int8Codec, ScaledCodec
-from mapl.codecs.settings import CodecSettings, check_rvq, check_topk, default_rvq_groups
+from mapl.codecs.settings import (
+    LOWRANK_FORWARD,
+    CodecSettings,
+    check_lowrank,
+    check_rvq,
+    check_topk,
+    default_rvq_groups,
+)
 from mapl.codecs.topk import TopKCodec
 
 __all__ = [
@@ -20,10 +28,12 @@ __all__ = [
     "CodecEnd",
     "CodecSettings",
     "DtypeCodec",
+    "LowRankCodec",
     "ResidualVQCodec",
     "Role",
     "TopKCodec",
     "build_codec",
+    "check_lowrank",
     "check_rvq",
     "check_topk",
     "default_rvq_groups",
@@ -93,6 +103,12 @@ def _topk(end: CodecEnd) -> Codec:
     return TopKCodec(end.dtype, end.width, check_topk(end.settings, width=end.width))
 
 
+def _lowrank(end: CodecEnd) -> Codec:
+    if end.role is not Role.GRADIENT:
+        raise ValueError(LOWRANK_FORWARD)
+    return LowRankCodec(end.dtype, end.width, end.settings, end.seed, sends=end.sends)
+
+
 CODECS: dict[str, Callable[[CodecEnd], Codec]] = {
     "pipeline": _pipeline,
     "fp8": _scaled(Fp8Codec),
@@ -100,6 +116,7 @@ CODECS: dict[str, Callable[[CodecEnd], Codec]] = {
     "int4": _scaled(Int4Codec),
     "rvq": _rvq,
     "topk": _topk,
+    "lowrank": _lowrank,
 }
 
 

@@ -11,6 +11,13 @@ MAX_CODES = 65536
 _MAX_TOPK_WIDTH = 65536
 _USUAL_GROUP = 8
 
+#: Why lowrank is refused for activations.
+LOWRANK_FORWARD = (
+    "--mapl-forward-codec lowrank: it is for gradients, since it adds what it left out of one "
+    "micro-batch to the next, whose activations are those of other tokens; give "
+    "--mapl-backward-codec lowrank, and name another codec forward"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodecSettings:
@@ -19,6 +26,7 @@ class CodecSettings:
     Attributes:
         group_size: numbers that share a scale (fp8, int8, int4).
         topk: numbers that are kept of each row (topk); None if no codec needs it.
+        lowrank_q: columns of the matrices that are sent (lowrank); None if no codec needs it.
         rvq_groups: G; None stands for `default_rvq_groups`.
         rvq_rounds: R.
         rvq_codes: K.
@@ -30,6 +38,7 @@ class CodecSettings:
 
     group_size: int = 64
     topk: int | None = None
+    lowrank_q: int | None = None
     rvq_groups: int | None = None
     rvq_rounds: int = 4
     rvq_codes: int = 256
@@ -73,6 +82,41 @@ def check_topk(settings: CodecSettings, *, width: int | None = None) -> int:
             f"--mapl-topk {kept} exceeds the {width} numbers of a row; it is at most {width}"
         )
     return kept
+
+
+def check_lowrank(
+    settings: CodecSettings, *, width: int | None = None, rows: int | None = None
+) -> int:
+    """Checks all that concerns products of thin matrices.
+
+    Args:
+        settings: the settings.
+        width: w of the rows; None if it is not known yet.
+        rows: n, how many rows a payload has; None if it is not known yet.
+
+    Returns:
+        q, the columns of both matrices.
+
+    Raises:
+        ValueError: q is missing or out of range; names flag, value and remedy.
+    """
+    columns = settings.lowrank_q
+    if columns is None:
+        raise ValueError(
+            "--mapl-lowrank-q is missing: the codec lowrank needs to know the rank of the matrices "
+            "it sends; give --mapl-lowrank-q Q (16 is usual), or name another codec"
+        )
+    if columns < 1:
+        raise ValueError(f"--mapl-lowrank-q {columns} must be at least 1")
+    for limit, what in (
+        (width, "numbers of a row"),
+        (rows, "tokens of a micro-batch that one process sends"),
+    ):
+        if limit is not None and columns > limit:
+            raise ValueError(
+                f"--mapl-lowrank-q {columns} exceeds the {limit} {what}; it is at most {limit}"
+            )
+    return columns
 
 
 def default_rvq_groups(width: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from mapl.codecs import check_lowrank
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
 from megatron.mapl import gpt, subspace
@@ -172,6 +173,8 @@ def check_supported(args: Any, config: MaplConfig) -> None:
         _check_virtual_stages(config.virtual_stages, args)
     if config.receive_ahead:
         _check_receive_ahead(config, args)
+    if "lowrank" in config.backward_codec:
+        check_lowrank(config.codec_settings, rows=_tokens_sent(args, config))
 
 
 def split_ranks(args: Any, config: MaplConfig) -> int:
@@ -180,6 +183,14 @@ def split_ranks(args: Any, config: MaplConfig) -> int:
     splits = config.tensor_parallel_split and not args.sequence_parallel
     tokens = args.seq_length // args.context_parallel_size
     return size if splits and tokens % size == 0 else 1
+
+
+def _tokens_sent(args: Any, config: MaplConfig) -> int:
+    """How many tokens of one micro-batch a process sends over a boundary."""
+    tokens = int(args.micro_batch_size * args.seq_length // args.context_parallel_size)
+    if args.sequence_parallel:
+        return tokens // int(args.tensor_model_parallel_size)
+    return tokens // split_ranks(args, config)
 
 
 def receive_ahead(args: Any, config: MaplConfig) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.training import print_rank_0
 
+from mapl.codecs import LowRankCodec
 from megatron.mapl.arguments import PREFIX
 from megatron.mapl.model import VOCABULARY_TABLES, StageBoundaries
 from megatron.mapl.runtime import MaplRuntime
@@ -117,11 +118,17 @@ def _fits(key: str, name: str, stage: StageBoundaries, saved: Shapes, notes: lis
     """Whether a count of payloads or a codec's state is loaded, or starts anew.
 
     A codec is no part of the model's function: another one, or other sizes, need no permission.
-    Both ends hold the codebook, so they decide alike by its shape.
+    Both ends hold the codebook, so they decide alike by its shape. The Q of lowrank is with the end
+    that sends alone.
     """
     if ".payloads" in name:
         return key in saved
     codec_key, codec_name = key.rsplit(".", 1)[0], name.rsplit(".", 1)[0]
+    if isinstance(codec := stage.get_submodule(codec_name), LowRankCodec):
+        fits = saved.get(key) == tuple(codec.Q.shape)
+        if not fits:
+            notes.append(f"{codec_key}: the checkpoint has no Q of this size; it starts fresh")
+        return fits
     codebook = stage.get_buffer(f"{codec_name}.codebook")
     fits = saved.get(f"{codec_key}.codebook") == tuple(codebook.shape)
     if not fits:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projectors' gradients and the codebooks' statistics, once a step.
+"""What happens to a boundary's state once a step.
 
-They are summed over replicas here, over the two sides of a boundary in exchange.py.
+The projectors' gradients and the codebooks' statistics are summed over replicas here, over the two
+sides of a boundary in exchange.py. The errors that gradients of low rank left end here.
 """
 
 from typing import Any
@@ -47,6 +48,7 @@ def finalize(
             if port is not None:
                 _reduce_gradient(port, num_tokens, replicas, stage)
                 _update_codebooks(port, stage.groups.tp_dp_cp)
+                _end_step_of_lowrank(port, stage.groups.tp_dp_cp)
     if runtime.stages:
         exchange.run(runtime, replicas)
         runtime.guard.raise_if_faulty()
@@ -86,3 +88,16 @@ def _update_codebooks(port: Port, everyone: Any) -> None:
         if everyone.size() > 1:
             dist.all_reduce(statistics, group=everyone)
         codec.update(statistics)
+
+
+def _end_step_of_lowrank(port: Port, everyone: Any) -> None:
+    """Forgets the error, and has all processes of the stage go on with the Q of the first one.
+
+    So a checkpoint, which holds one Q for all of them, lets each continue bit for bit.
+    """
+    codec = port.sending_lowrank_codec()
+    if codec is None:
+        return
+    codec.end_step()
+    if everyone.size() > 1:
+        dist.broadcast(codec.Q, group=everyone, group_src=0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mapl.channel import Channel, Share
-from mapl.codecs import CodecEnd, ResidualVQCodec, Role, build_codec
+from mapl.codecs import CodecEnd, LowRankCodec, ResidualVQCodec, Role, build_codec
 from mapl.parcel import ParcelChannel
 from mapl.payload import Direction, PayloadLayout
 from mapl.projectors import PROJECTORS, Projector
@@ -170,3 +170,8 @@ class Port(nn.Module):
         """The codecs that keep codebooks, activations first."""
         codecs = (self.forward_codec, self.backward_codec)
         return [codec for codec in codecs if isinstance(codec, ResidualVQCodec)]
+
+    def sending_lowrank_codec(self) -> LowRankCodec | None:
+        """The one that encodes gradients here, if it keeps an error."""
+        codec = self.backward_codec
+        return codec if isinstance(codec, LowRankCodec) and codec.sends else None

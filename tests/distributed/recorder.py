@@ -80,6 +80,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
         record.setdefault("checked", []).append(projectors(runtime))
         if len(record["checked"]) == 2:  # the first is at start, the second after a load
             record["loaded_codebooks"] = codebooks(runtime)
+            record["loaded_lowrank"] = lowrank(runtime)
 
     pretraining.checkpoint.check_sides = noting_check_sides
     try:
@@ -94,6 +95,7 @@ def run(path: Path, job: dict[str, Any]) -> None:
         if runtime is not None:
             record["projectors"] = projectors(runtime)
             record["codebooks"] = codebooks(runtime)
+            record["lowrank"] = lowrank(runtime)
             record["payloads"] = {
                 (port.boundary, port.is_outlet): [
                     max(channel.sent, channel.received)
@@ -119,6 +121,12 @@ def codebooks(runtime: Any) -> dict[tuple[int, str], Any]:
         ]
         for port in runtime.ports()
     }
+
+
+def lowrank(runtime: Any) -> dict[int, Any]:
+    """Boundary → a copy of the Q that its gradients of low rank start from."""
+    codecs = {port.boundary: port.sending_lowrank_codec() for port in runtime.ports()}
+    return {boundary: codec.Q.clone() for boundary, codec in codecs.items() if codec is not None}
 
 
 def projectors(runtime: Any) -> dict[tuple[int, str], Any]:

@@ -88,6 +88,21 @@ REFUSED = {
         "--mapl-rank 8 --mapl-forward-codec topk --mapl-topk 9",
         "--mapl-topk 9 exceeds the 8 numbers of a row; it is at most 8",
     ),
+    "lowrank-forward": (
+        TWO,
+        "--mapl-rank 8 --mapl-forward-codec lowrank --mapl-lowrank-q 4",
+        "--mapl-forward-codec lowrank: it is for gradients, .*name another codec forward",
+    ),
+    "lowrank-without-q": (
+        TWO,
+        "--mapl-rank 8 --mapl-backward-codec lowrank",
+        "--mapl-lowrank-q is missing: .*give --mapl-lowrank-q Q",
+    ),
+    "lowrank-above-tokens": (
+        LAYOUTS["tp2-pp2"],
+        "--mapl-rank 64 --mapl-backward-codec lowrank --mapl-lowrank-q 33",
+        "--mapl-lowrank-q 33 exceeds the 32 tokens of a micro-batch that one process sends; it is",
+    ),
     "codebook-shares": (
         LAYOUTS["tp2-pp2"],
         "--mapl-rank 8 --mapl-forward-codec rvq --mapl-rvq-codes 2 --mapl-rvq-sync-entries 2",

@@ -19,8 +19,9 @@ MAPL = f"--mapl-rank {RANK}"
 def codecs(forward: str, backward: str, *more: str) -> str:
     """Flags of a job whose latents are quantised; few codes, so that they are all in use."""
     codes = "--mapl-rvq-codes 16" if "rvq" in (forward, backward) else ""
+    columns = "--mapl-lowrank-q 4" if backward == "lowrank" else ""
     names = f"--mapl-forward-codec {forward} --mapl-backward-codec {backward}"
-    return " ".join((names, codes, *more))
+    return " ".join((names, codes, columns, *more))
 
 
 def error_line(result: Result) -> str:
@@ -57,6 +58,8 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("pp2-vpp2-overlapped", codecs("rvq", "rvq", "--mapl-rvq-order random")),
         ("tp2-pp2", codecs("int4", "rvq")),
         ("bf16", codecs("fp8", "int4")),
+        ("pp2-dp2", codecs("pipeline", "lowrank")),
+        ("tp2-pp2", codecs("int8", "lowrank")),
     ],
 )
 def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, more: str) -> None:
@@ -84,6 +87,8 @@ def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, m
             assert all(torch.equal(one[key], other[key]) for key in one)
     for one, other in zip(straight.records, resumed.records, strict=True):
         assert one["payloads"] == other["payloads"]
+        assert one["lowrank"].keys() == other["lowrank"].keys()
+        assert all(torch.equal(q, other["lowrank"][place]) for place, q in one["lowrank"].items())
         for place, codebooks in one["codebooks"].items():
             for ours, theirs in zip(codebooks, other["codebooks"][place], strict=True):
                 assert torch.equal(ours, theirs)
@@ -257,6 +262,24 @@ def test_another_codec_starts_fresh(cluster: Cluster, tmp_path: Path) -> None:
     assert "mapl.cut_2.forward_codec: the checkpoint has no codebooks of this size" in after.log
     assert "mapl.cut_2.backward_codec: the checkpoint has no" not in after.log
     assert after.losses[-1] < before.losses[-1]
+
+
+def test_lowrank_goes_on_or_starts_fresh(cluster: Cluster, tmp_path: Path) -> None:
+    """Q is read where it fits; fewer stages find that of the cut which still exists."""
+    more = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    lowrank = codecs("pipeline", "lowrank")
+    save = f"{lowrank} --save {tmp_path} --exit-interval 2"
+    before = cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, save))
+    saved = before.records[2]["lowrank"][1]  # after layer 2, of the stage that sends gradients
+    for settings, fresh in ((lowrank, False), (f"{lowrank} --mapl-lowrank-q 5", True)):
+        load = f"{settings} --load {tmp_path}"
+        after = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more, load))
+        note = "mapl.cut_2.backward_codec: the checkpoint has no Q of this size; it starts fresh"
+        assert (note in after.log) == fresh
+        assert after.records[0]["lowrank"] == {}
+        loaded = after.records[1]["loaded_lowrank"][0]
+        assert loaded.shape == (RANK, 5) if fresh else torch.equal(loaded, saved)
+        assert after.losses[-1] < 5.5
 
 
 def test_quantising_a_model_that_was_trained_without(cluster: Cluster, tmp_path: Path) -> None:

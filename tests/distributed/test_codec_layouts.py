@@ -15,6 +15,7 @@ PAIRS = {
     "fp8-fp8": ("fp8", "fp8"),
     "int4-int8": ("int4", "int8"),
     "topk-topk": ("topk", "topk"),
+    "pipeline-lowrank": ("pipeline", "lowrank"),
 }
 #: A codec with a codebook, forward, and one that rounds at random, backward, in each layout; the
 #: others where they meet something new: virtual stages, splits, replicas, casts, loss scales.
@@ -25,6 +26,8 @@ RUNS = [
     *((name, "fp8-fp8") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16")),
     ("pp4", "int4-int8"),
     *((name, "topk-topk") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "bf16", "fp16")),
+    *((name, "pipeline-lowrank") for name in ("pp2-vpp2-overlapped", "tp2-pp2", "tp2-sp-pp2")),
+    *((name, "pipeline-lowrank") for name in ("pp2-dp2-distributed-optimizer", "bf16", "fp16")),
 ]
 
 
@@ -32,9 +35,10 @@ def flags(forward: str, backward: str, *more: str) -> str:
     """A job's `--mapl-*` flags."""
     codes = "--mapl-rvq-codes 16" if "rvq" in (forward, backward) else ""
     kept = "--mapl-topk 6" if "topk" in (forward, backward) else ""
+    columns = "--mapl-lowrank-q 4" if "lowrank" in (forward, backward) else ""
     return " ".join(
         (f"--mapl-rank {RANK} --mapl-forward-codec {forward} --mapl-backward-codec {backward}",
-         codes, kept, *more)
+         codes, kept, columns, *more)
     )  # fmt: skip
 
 
@@ -57,6 +61,18 @@ def assert_codebooks_equal(result: Result, boundaries: int, copies_each: int) ->
                 assert one.isfinite().all() and one.abs().max() > 0
 
 
+def assert_one_q_each(result: Result, boundaries: int, copies_each: int) -> None:
+    """Every process that sends gradients over a boundary goes on with the same Q."""
+    held: dict[int, list[torch.Tensor]] = {}
+    for record in result.records:
+        for boundary, q in record["lowrank"].items():
+            held.setdefault(boundary, []).append(q)
+    assert sorted(held) == list(range(boundaries))
+    for copies in held.values():
+        assert len(copies) == copies_each
+        assert all(torch.equal(copy, copies[0]) and copy.isfinite().all() for copy in copies)
+
+
 @pytest.mark.parametrize(("name", "pair"), RUNS)
 def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
     layout = LAYOUTS[name]
@@ -70,9 +86,11 @@ def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
     if "rvq" in PAIRS[pair]:
         assert_codebooks_equal(result, boundaries, 2 * replicas)
         assert all(line["codebooks"] for line in result.metrics)
+    if "lowrank" in PAIRS[pair]:
+        assert_one_q_each(result, boundaries, replicas)
     assert result.losses[-1] < result.losses[0] - 0.02
     total = result.traffic["total"]
-    assert bool(total["scales"]) == bool({*PAIRS[pair]} - {"topk"})
+    assert bool(total["scales"]) == bool({*PAIRS[pair]} - {"topk", "pipeline", "lowrank"})
     assert bool(total["indices"]) == ("topk" in PAIRS[pair])
     assert bool(total["codebook"]) == ("rvq" in PAIRS[pair])
 

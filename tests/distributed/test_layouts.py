@@ -175,11 +175,12 @@ def test_metrics(cluster: Cluster) -> None:
     assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
 
 
-@pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq", "topk"])
+@pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq", "topk", "lowrank"])
 def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> None:
-    flags = f"--mapl-rank {RANK} --mapl-forward-codec {codec} --mapl-backward-codec {codec}"
-    kept = "--mapl-topk 3" if codec == "topk" else ""
-    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags, kept))
+    forward = "pipeline" if codec == "lowrank" else codec
+    flags = f"--mapl-rank {RANK} --mapl-forward-codec {forward} --mapl-backward-codec {codec}"
+    own = {"topk": "--mapl-topk 3", "lowrank": "--mapl-lowrank-q 3"}.get(codec, "")
+    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags, own))
     planned = budget(
         Job(
             hidden_size=HIDDEN,
@@ -189,9 +190,9 @@ def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> Non
             step_tokens=512,
             dtype="fp32",
             tensor_model_parallel_size=2,
-            forward_codec=codec,
+            forward_codec=forward,
             backward_codec=codec,
-            codecs=CodecSettings(topk=3),
+            codecs=CodecSettings(topk=3, lowrank_q=3),
         )
     )
     sent = result.traffic["boundaries"][0]

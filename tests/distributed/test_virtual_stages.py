@@ -22,6 +22,9 @@ CODECS = {
     "topk": "--mapl-forward-codec topk --mapl-backward-codec topk --mapl-topk 5",
     "topk, projector none": "--mapl-projector none --mapl-anchor none --mapl-topk 9 "
     "--mapl-forward-codec topk --mapl-backward-codec topk",
+    "lowrank": "--mapl-backward-codec lowrank --mapl-lowrank-q 4",
+    "lowrank, projector none": "--mapl-projector none --mapl-anchor none "
+    "--mapl-backward-codec lowrank --mapl-lowrank-q 16",
     "projector none": "--mapl-projector none --mapl-anchor none --mapl-forward-codec int8",
     "full anchor": "--mapl-anchor full",
     "subspace": "--mapl-projector subspace --mapl-anchor static",

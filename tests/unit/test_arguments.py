@@ -323,7 +323,7 @@ def test_help_shows_the_docstrings() -> None:
         "Rank r_a of the factorized anchor; it costs memory, no traffic.",
         "{factorized,none,static,full}",
         "{learned,fixed,unconstrained,subspace,none}",
-        "{pipeline,fp8,int8,int4,rvq,topk}",
+        "{pipeline,fp8,int8,int4,rvq,topk,lowrank}",
         "--mapl-emulate-bandwidth",
         "--mapl-emulate-latency",
         "Steps between two lines of mapl_metrics.jsonl. Default: --log-interval.",

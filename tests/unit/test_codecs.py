@@ -31,12 +31,28 @@ SETTINGS = CodecSettings(rvq_codes=16, rvq_rounds=2)
 every_codec = pytest.mark.parametrize("name", CODECS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_role = pytest.mark.parametrize("role", Role)
+#: lowrank is for gradients alone.
+every_use = pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        (name, role)
+        for name in CODECS
+        for role in Role
+        if name != "lowrank" or role is Role.GRADIENT
+    ],
+    ids=str,
+)
 
 
 def build(name: str, role: Role, width: int, dtype: torch.dtype, **more) -> Codec:
-    settings = replace(SETTINGS, topk=min(5, width))
+    settings = replace(SETTINGS, topk=min(5, width), lowrank_q=1)
     end = CodecEnd(role=role, width=width, dtype=dtype, seed=5, settings=settings, **more)
     return build_codec(name, end)
+
+
+def usual_role(name: str) -> Role:
+    """What a codec can carry."""
+    return Role.GRADIENT if name == "lowrank" else Role.ACTIVATION
 
 
 def pair(name: str, role: Role, width: int, dtype: torch.dtype) -> tuple[Codec, Codec]:
@@ -70,16 +86,15 @@ def bound(codec: Codec, rows: Tensor, dtype: torch.dtype) -> Tensor:
 # --- every codec ----------------------------------------------------------------------------------
 
 
-@every_codec
-@every_role
+@every_use
 @every_dtype
 @pytest.mark.parametrize("width", WIDTHS)
 def test_bytes_are_as_declared_and_errors_within_the_bound(name, role, dtype, width):
     for count in (1, 3, 64):
         sender, receiver = pair(name, role, width, dtype)
-        limits = bound(sender, sample(count, width, dtype), dtype)
         for number in range(2):
             rows = sample(count, width, dtype)
+            limits = bound(sender, rows, dtype)
             body = sender.encode(rows, number)
             assert body.dtype == torch.uint8 and body.ndim == 1
             parts = sender.parts(count)
@@ -105,21 +120,24 @@ def test_the_error_is_as_small_as_the_bits_allow(name, share, role, dtype):
     assert (error.norm(dim=1) < share * twice * rows.double().norm(dim=1)).all()
 
 
-@every_codec
-@every_role
+@every_use
 @every_dtype
 def test_the_same_input_and_number_give_the_same_bytes(name, role, dtype):
     rows = sample(5, 28, dtype)
     first, second = (build(name, role, 28, dtype) for _ in range(2))
-    bodies = [first.encode(rows, 3), first.encode(rows, 3), second.encode(rows, 3)]
-    assert torch.equal(bodies[0], bodies[1]) and torch.equal(bodies[0], bodies[2])
+    body = first.encode(rows, 3)
+    assert torch.equal(body, second.encode(rows, 3))
+    bodies = [body, first.encode(rows, 3)]
+    if name == "lowrank":  # what the first left out is in the second
+        assert not torch.equal(*bodies) and torch.equal(bodies[1], second.encode(rows, 4))
+        return
+    assert torch.equal(*bodies)
     random = name in ("int8", "int4") and role is Role.GRADIENT
     if name != "rvq":
         assert torch.equal(bodies[0], second.encode(rows, 4)) != random
 
 
-@every_codec
-@every_role
+@every_use
 @every_dtype
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_does_not_arrive_as_finite(name, role, dtype, value):
@@ -136,7 +154,7 @@ def test_what_is_not_finite_does_not_arrive_as_finite(name, role, dtype, value):
         spoilt[1, place] = True
         assert torch.equal(out[spoilt].view(torch.uint8), rows[spoilt].view(torch.uint8))
         out[spoilt] = float("nan")
-    elif name == "rvq":
+    elif name in ("rvq", "lowrank"):
         spoilt[1] = True
     else:
         spoilt[1, 64:128] = True
@@ -154,8 +172,7 @@ MAGNITUDES = {
 }
 
 
-@every_codec
-@every_role
+@every_use
 @every_dtype
 def test_extreme_magnitudes_stay_finite_and_within_the_bound(name, role, dtype):
     sender, receiver = pair(name, role, 65, dtype)
@@ -165,14 +182,14 @@ def test_extreme_magnitudes_stay_finite_and_within_the_bound(name, role, dtype):
         rows = (shape * size).to(dtype)
         rows[3, ::2] = 1.0  # beside ordinary numbers
         assert rows.isfinite().all()
+        limits = bound(sender, rows, dtype)
         out = there_and_back(sender, receiver, rows, number)
         assert out.isfinite().all(), size
         error = (out.double() - rows.double()).abs()
-        assert (error <= bound(sender, rows, dtype)).all(), size
+        assert (error <= limits).all(), size
 
 
-@every_codec
-@every_role
+@every_use
 @every_dtype
 def test_zeros_arrive_as_zeros(name, role, dtype):
     sender, receiver = pair(name, role, 128, dtype)
@@ -186,8 +203,7 @@ def test_zeros_arrive_as_zeros(name, role, dtype):
     assert (out[0] != 0).any() and (out[3] != 0).any()
 
 
-@every_codec
-@every_role
+@every_use
 def test_bodies_of_several_senders_are_decoded_in_order(name, role):
     shards, rows = 3, sample(12, 28, torch.bfloat16)
     inputs = rows.chunk(shards)
@@ -196,12 +212,13 @@ def test_bodies_of_several_senders_are_decoded_in_order(name, role):
     ]
     receiver = build(name, role, 28, torch.bfloat16, shards=shards, sends=False)
     for number in range(3):
-        bodies = [s.encode(part, number) for s, part in zip(senders, inputs, strict=True)]
+        both = list(zip(senders, inputs, strict=True))
+        limits = torch.cat([bound(sender, part, torch.bfloat16) for sender, part in both])
+        bodies = [sender.encode(part, number) for sender, part in both]
         assert {body.numel() for body in bodies} == {receiver.body_bytes(4)}
         out = torch.full_like(rows, float("nan"))
         receiver.decode(bodies, out, number)
         error = (out.double() - rows.double()).abs()
-        limits = torch.cat([bound(senders[0], part, torch.bfloat16) for part in inputs])
         assert (error <= limits).all()
 
 
@@ -217,10 +234,10 @@ def test_senders_round_independently():
 @every_codec
 @every_dtype
 def test_autograd_ends_here_and_layout_does_not_matter(name, dtype):
-    sender, receiver = pair(name, Role.ACTIVATION, 28, dtype)
+    sender, receiver = pair(name, usual_role(name), 28, dtype)
     rows = sample(28, 6, dtype).t()
     assert not rows.is_contiguous()
-    expected = there_and_back(*pair(name, Role.ACTIVATION, 28, dtype), rows.contiguous())
+    expected = there_and_back(*pair(name, usual_role(name), 28, dtype), rows.contiguous())
     body = sender.encode(rows.requires_grad_(), 0)
     assert not body.requires_grad
     out = torch.empty(6, 28, dtype=dtype, requires_grad=True)
@@ -232,16 +249,16 @@ def test_autograd_ends_here_and_layout_does_not_matter(name, dtype):
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_of_the_model_changes_nothing(name, cast):
     rows = sample(4, 64, torch.float32)
-    expected = there_and_back(*pair(name, Role.ACTIVATION, 64, torch.float32), rows)
-    sender, receiver = pair(name, Role.ACTIVATION, 64, torch.float32)
+    expected = there_and_back(*pair(name, usual_role(name), 64, torch.float32), rows)
+    sender, receiver = pair(name, usual_role(name), 64, torch.float32)
     out = there_and_back(torch.nn.ModuleList([sender]).to(cast)[0], receiver.type(cast), rows)
     assert torch.equal(out, expected)
 
 
-def test_only_codebooks_have_a_state():
+def test_only_codebooks_and_the_first_guess_of_lowrank_are_saved():
     for name in CODECS:
-        state = build(name, Role.ACTIVATION, 64, torch.float32).state_dict()
-        assert bool(state) == (name == "rvq")
+        state = build(name, usual_role(name), 64, torch.float32).state_dict()
+        assert bool(state) == (name in ("rvq", "lowrank"))
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -249,7 +266,9 @@ def test_only_codebooks_have_a_state():
 
 def test_names():
     assert (
-        list(CODECS) == ["pipeline", "fp8", "int8", "int4", "rvq", "topk"] == [*get_args(CodecName)]
+        list(CODECS)
+        == ["pipeline", "fp8", "int8", "int4", "rvq", "topk", "lowrank"]
+        == [*get_args(CodecName)]
     )
     with pytest.raises(ValueError, match="zip is unknown; use one of pipeline, fp8, int8"):
         build("zip", Role.ACTIVATION, 8, torch.float32)

@@ -80,6 +80,22 @@ from mapl.plan import plan_boundaries
         ({"rank": [8], "topk": 4}, r"--mapl-topk 4 has no effect without topk; leave it out"),
         ({"rank": [8], "backward_codec": ["topk"]}, r"--mapl-topk is missing: .*give --mapl-topk"),
         ({"rank": [8], "forward_codec": ["topk"], "topk": 0}, r"--mapl-topk 0 must keep at least"),
+        (
+            {"rank": [8], "lowrank_q": 4},
+            r"--mapl-lowrank-q 4 has no effect without lowrank; leave it out, or give --mapl-back",
+        ),
+        (
+            {"rank": [8], "backward_codec": ["lowrank"]},
+            r"--mapl-lowrank-q is missing: .*give --mapl-lowrank-q Q .*or name another codec",
+        ),
+        (
+            {"rank": [8], "backward_codec": ["lowrank"], "lowrank_q": 0},
+            r"--mapl-lowrank-q 0 must be at least 1",
+        ),
+        (
+            {"rank": [8], "forward_codec": ["int8", "lowrank"], "lowrank_q": 4},
+            r"--mapl-forward-codec lowrank: it is for gradients.*give --mapl-backward-codec",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -119,6 +135,11 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
             3,
             r"--mapl-topk 9 exceeds the 8 numbers of a row; it is at most 8",
         ),
+        (
+            {"rank": [9, 8, 9], "backward_codec": ["lowrank"], "lowrank_q": 9},
+            3,
+            r"--mapl-lowrank-q 9 exceeds the 8 numbers of a row; it is at most 8",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(
@@ -154,6 +175,14 @@ def test_topk_need_not_fit_where_it_is_not_used() -> None:
     plan = plan_boundaries(config, hidden_size=64, boundaries=3)
     assert plan.forward_codecs == ("topk", "pipeline", "topk")
     assert config.codec_settings.topk == 9
+
+
+def test_lowrank_need_not_fit_where_it_is_not_used() -> None:
+    codecs: dict[str, Any] = {"backward_codec": ["lowrank", "int8", "lowrank"], "lowrank_q": 9}
+    config = MaplConfig(rank=[9, 8, 64], **codecs)
+    plan = plan_boundaries(config, hidden_size=64, boundaries=3)
+    assert plan.backward_codecs == ("lowrank", "int8", "lowrank")
+    assert config.codec_settings.lowrank_q == 9
 
 
 def test_rows_too_wide_for_topk() -> None:

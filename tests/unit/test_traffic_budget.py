@@ -70,6 +70,22 @@ def test_topk_counts_values_and_their_places() -> None:
     assert total["overhead"] > 0.5
 
 
+def test_lowrank_counts_both_matrices_of_each_process() -> None:
+    codecs = CodecSettings(lowrank_q=4)
+    job = dataclasses.replace(SMALL, backward_codec="lowrank", codecs=codecs)
+    micro_batches = SMALL.step_tokens // SMALL.micro_batch_tokens
+    for ranks in (1, 2):
+        split = dataclasses.replace(job, tensor_model_parallel_size=ranks)
+        backward = budget(split)["boundaries"][0]["backward"]
+        numbers = SMALL.micro_batch_tokens + ranks * SMALL.rank
+        assert backward["latents"] == micro_batches * numbers * 4 * 2
+    with pytest.raises(ValueError, match="--mapl-forward-codec lowrank: it is for gradients"):
+        budget(dataclasses.replace(job, forward_codec="lowrank"))
+    small = dataclasses.replace(job, micro_batch_tokens=2)
+    with pytest.raises(ValueError, match="--mapl-lowrank-q 4 exceeds the 2 tokens"):
+        budget(small)
+
+
 def test_whole_codebooks_are_counted_where_they_cross_after_each_step() -> None:
     job = dataclasses.replace(SMALL, forward_codec="rvq", replicas=2)
     codecs = CodecSettings(rvq_groups=2, rvq_rounds=3, rvq_codes=16, rvq_sync="full")
