@@ -36,6 +36,7 @@ class Geometry:
     """Figures of one micro-batch at one boundary; those that are not defined are None.
 
     Attributes:
+        rank: r.
         tokens: n, tokens that they are taken from.
         energy_kept: see `subspace_energy`, in [0, 1].
         energy_ceiling: see `best_energy`, in [0, 1]. Over fewer tokens than about d it is high:
@@ -45,6 +46,7 @@ class Geometry:
         cosine_pearson: see `cosine_pearson`, in [−1, 1].
     """
 
+    rank: int
     tokens: int
     energy_kept: float | None
     energy_ceiling: float | None
@@ -90,12 +92,13 @@ def measure(
     moment = second_moment(residual)
     if not moment.isfinite().all():
         return Geometry(
-            tokens=n, energy_kept=None, energy_ceiling=None, energy_random=r / d, rank_99=None,
-            cosine_pearson=None,
+            rank=r, tokens=n, energy_kept=None, energy_ceiling=None, energy_random=r / d,
+            rank_99=None, cosine_pearson=None,
         )  # fmt: skip
     eigenvalues = spectrum(moment)
     sample = residual[sampled(n).to(residual.device)].double()
     return Geometry(
+        rank=r,
         tokens=n,
         energy_kept=subspace_energy(moment, a),
         energy_ceiling=best_energy(eigenvalues, r),
@@ -281,6 +284,7 @@ def mean(of: Sequence[Geometry]) -> Geometry:
         return None if None in values else sum(values) / len(values)
 
     return Geometry(
+        rank=of[0].rank,
         tokens=round(sum(each.tokens for each in of) / len(of)),
         energy_kept=average("energy_kept"),
         energy_ceiling=average("energy_ceiling"),

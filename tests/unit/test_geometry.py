@@ -219,8 +219,8 @@ def test_measure_of_nothing_and_of_overflow() -> None:
     for value in (math.nan, math.inf):
         x[0, 0, 0] = value
         assert measure(x, None, None, a) == Geometry(
-            tokens=5, energy_kept=None, energy_ceiling=None, energy_random=0.25, rank_99=None,
-            cosine_pearson=None,
+            rank=2, tokens=5, energy_kept=None, energy_ceiling=None, energy_random=0.25,
+            rank_99=None, cosine_pearson=None,
         )  # fmt: skip
 
 
@@ -232,9 +232,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_mean_over_replicas() -> None:
-    one = Geometry(tokens=64, energy_kept=0.2, energy_ceiling=0.5, energy_random=0.25, rank_99=9,
-                   cosine_pearson=0.9)  # fmt: skip
-    other = Geometry(tokens=64, energy_kept=0.4, energy_ceiling=0.7, energy_random=0.25,
+    one = Geometry(rank=4, tokens=64, energy_kept=0.2, energy_ceiling=0.5, energy_random=0.25,
+                   rank_99=9, cosine_pearson=0.9)  # fmt: skip
+    other = Geometry(rank=4, tokens=64, energy_kept=0.4, energy_ceiling=0.7, energy_random=0.25,
                      rank_99=12, cosine_pearson=None)  # fmt: skip
     both = mean([one, other])
     assert both.energy_kept == pytest.approx(0.3) and both.energy_ceiling == pytest.approx(0.6)
