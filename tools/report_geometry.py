@@ -113,17 +113,12 @@ def draw(runs: Sequence[Measured], path: Path) -> None:
 def _draw_energy(axes: Any, runs: Sequence[Measured]) -> None:
     for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         _draw_curves(axes, run.steps, run.kept, colour, label=_title(run))
-        ceilings = [*zip(*run.ceiling.values(), strict=True)]
-        lowest, highest = [min(c) for c in ceilings], [max(c) for c in ceilings]
-        label = f"{run.name}: the best subspace of this rank would keep"
-        axes.fill_between(
-            run.steps, lowest, highest, facecolor=colour, alpha=0.15, edgecolor=colour,
-            linestyle=":", label=label,
-        )  # fmt: skip
+        label = f"{run.name}, the best subspaces of rank r"
+        _draw_curves(axes, run.steps, run.ceiling, colour, label=label, style=":")
     levels = sorted({level[-1] for run in runs for level in run.random.values()})
     for level in levels:
-        axes.axhline(level, color=_GREY, linestyle="--", linewidth=1)
-    label = f"random subspaces keep r/d = {', '.join(f'{level:.3g}' for level in levels)}"
+        axes.axhline(level, color=_GREY, linestyle="--", linewidth=1, zorder=1)
+    label = f"random subspaces, r/d = {', '.join(f'{level:.3g}' for level in levels)}"
     axes.plot([], [], color=_GREY, linestyle="--", linewidth=1, label=label)
     axes.set(title="Energy kept of X − anchor", xlabel="step", ylim=(0, 1.02))
     axes.grid(axis="y", alpha=0.25)
@@ -163,6 +158,7 @@ def _draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
                 axes.text(x, y, f"{row[x]:.0f}°", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(boundaries)), boundaries)
     axes.set_yticks(range(len(boundaries)), boundaries)
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     title = f"Mean principal angle, step {run.steps[-1]}"
     axes.set(title=f"{title}\n{run.name}" if of_several else title)
@@ -174,13 +170,19 @@ def _draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
 
 
 def _draw_curves(
-    axes: Any, steps: list[int], curves: Curves, colour: str, label: str | None = None
+    axes: Any,
+    steps: list[int],
+    curves: Curves,
+    colour: str,
+    *,
+    label: str | None = None,
+    style: str = "o-",
 ) -> None:
     """One line a boundary, from the colour itself to a light shade of it."""
     for index, boundary in enumerate(sorted(curves)):
         axes.plot(
-            steps, curves[boundary], color=_shade(colour, index, len(curves)), linewidth=1.6,
-            marker="o", markersize=3, label=label if index == 0 else None,
+            steps, curves[boundary], style, color=_shade(colour, index, len(curves)),
+            linewidth=1.6, markersize=3, label=label if index == 0 else None,
         )  # fmt: skip
 
 

@@ -81,8 +81,7 @@ def test_load(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("boundaries", [1, 3, 15])
+@pytest.mark.parametrize(("number", "boundaries"), [(1, 1), (2, 3), (3, 15)])
 def test_draw_writes_a_whole_png(tmp_path: Path, number: int, boundaries: int) -> None:
     runs = [
         report_geometry.load(
