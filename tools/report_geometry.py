@@ -13,6 +13,15 @@ from report_files import COLOURS, ReportError, metrics_lines, picture
 
 _GREY = "#666666"
 
+
+@dataclass(frozen=True)
+class _Pen:
+    """How a run is drawn."""
+
+    colour: str
+    width: float
+
+
 # boundary → its value at each step that was measured, NaN where there is none
 Curves = dict[int, list[float]]
 
@@ -111,10 +120,10 @@ def draw(runs: Sequence[Measured], path: Path) -> None:
 
 
 def _draw_energy(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        _draw_curves(axes, run.steps, run.kept, colour, label=_title(run))
+    for run, pen in _pens(runs):
+        _draw_curves(axes, run.steps, run.kept, pen, label=_title(run))
         label = f"{run.name}, the best subspaces of rank r"
-        _draw_curves(axes, run.steps, run.ceiling, colour, label=label, style=":")
+        _draw_curves(axes, run.steps, run.ceiling, pen, label=label, style=":")
     levels = sorted({level[-1] for run in runs for level in run.random.values()})
     for level in levels:
         axes.axhline(level, color=_GREY, linestyle="--", linewidth=1, zorder=1)
@@ -125,8 +134,8 @@ def _draw_energy(axes: Any, runs: Sequence[Measured]) -> None:
 
 
 def _draw_pearson(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        _draw_curves(axes, run.steps, run.pearson, colour)
+    for run, pen in _pens(runs):
+        _draw_curves(axes, run.steps, run.pearson, pen)
     axes.set(title="Pairwise cosines of tokens, before and after", xlabel="step")
     axes.set_ylabel("Pearson correlation")
     axes.set_ylim(top=1.0 + 0.02 * (1.0 - axes.get_ylim()[0]))
@@ -134,8 +143,8 @@ def _draw_pearson(axes: Any, runs: Sequence[Measured]) -> None:
 
 
 def _draw_rank(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        _draw_curves(axes, run.steps, run.rank_99, colour)
+    for run, pen in _pens(runs):
+        _draw_curves(axes, run.steps, run.rank_99, pen)
     for r in sorted({r for run in runs for r in run.ranks.values()}):
         axes.axhline(r, color=_GREY, linestyle="--", linewidth=1)
         axes.annotate(f"r = {r}", (1, r), xycoords=("axes fraction", "data"), xytext=(-2, 3),
@@ -155,7 +164,14 @@ def _draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
         for (y, row), x in itertools.product(enumerate(table), range(len(boundaries))):
             if not math.isnan(row[x]):
                 colour = "black" if row[x] > 55 else "white"  # on yellow, on blue
-                axes.text(x, y, f"{row[x]:.0f}°", ha="center", va="center", color=colour)
+                axes.text(
+                    x,
+                    y,
+                    f"{row[x]:.{0 if row[x] >= 10 else 1}f}°",
+                    ha="center",
+                    va="center",
+                    color=colour,
+                )
     axes.set_xticks(range(len(boundaries)), boundaries)
     axes.set_yticks(range(len(boundaries)), boundaries)
     axes.tick_params(length=0)
@@ -173,17 +189,24 @@ def _draw_curves(
     axes: Any,
     steps: list[int],
     curves: Curves,
-    colour: str,
+    pen: _Pen,
     *,
     label: str | None = None,
     style: str = "o-",
 ) -> None:
-    """One line a boundary, from the colour itself to a light shade of it."""
+    """One line a boundary, from the pen's colour itself to a light shade of it."""
     for index, boundary in enumerate(sorted(curves)):
         axes.plot(
-            steps, curves[boundary], style, color=_shade(colour, index, len(curves)),
-            linewidth=1.6, markersize=3, label=label if index == 0 else None,
+            steps, curves[boundary], style, color=_shade(pen.colour, index, len(curves)),
+            linewidth=pen.width, markersize=2 * pen.width, label=label if index == 0 else None,
         )  # fmt: skip
+
+
+def _pens(runs: Sequence[Measured]) -> list[tuple[Measured, _Pen]]:
+    """Earlier runs are drawn broader, so that they show under later ones of equal values."""
+    widths = (1.5 + 1.5 * place for place in reversed(range(len(runs))))
+    pens = map(_Pen, itertools.cycle(COLOURS), widths)
+    return list(zip(runs, pens, strict=True))
 
 
 def _shade(colour: str, index: int, count: int) -> tuple[float, ...]:
