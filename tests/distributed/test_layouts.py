@@ -104,7 +104,8 @@ def test_anchors_and_projectors(cluster: Cluster, anchor: str, projector: str) -
 def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
     """Boundary 0 is left uncompressed and passes on the token ids that stage 1 needs."""
     layout = LAYOUTS["pp4"]
-    result = cluster.run(4, layout.command(f"--mapl-rank 0 {RANK} 32"))
+    more = f"--mapl-rank 0 {RANK} 32 --mapl-geometry-interval 4"
+    result = cluster.run(4, layout.command(more))
     held = copies(result)
     assert {boundary: state[0]["A"].shape[1] for boundary, state in held.items()} == {1: 16, 2: 32}
     first, second, third = result.traffic["boundaries"]
@@ -113,6 +114,9 @@ def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
     assert first["forward"]["ids"] == tokens  # 256 tokens: ids of one byte
     assert second["forward"]["latents"] == tokens * RANK * 4
     assert third["forward"]["latents"] == tokens * 32 * 4
+    geometry = result.metrics[-1]["geometry"]  # rank 0, which gathers, has no projector itself
+    assert [(e["boundary"], e["rank"]) for e in geometry["boundaries"]] == [(1, RANK), (2, 32)]
+    assert [entry["boundaries"] for entry in geometry["angles"]] == [[1, 2]]
 
 
 def test_uncompressed_tail_needs_no_ids(cluster: Cluster) -> None:
