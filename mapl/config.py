@@ -123,6 +123,11 @@ class MaplConfig:
     log_interval: int | None = None
     """Steps between two lines of mapl_metrics.jsonl. Default: --log-interval."""
 
+    geometry_interval: int | None = None
+    """Steps between two measurements of what the projectors keep, written to mapl_metrics.jsonl as
+    `geometry`: a multiple of --mapl-log-interval. Each sends every projector once in fp32 to rank
+    0, which the traffic report does not count. Default: never."""
+
     def __post_init__(self) -> None:
         if not self.rank or min(self.rank) < 0:
             raise ValueError(
@@ -179,6 +184,21 @@ class MaplConfig:
             )
         if self.log_interval is not None and self.log_interval <= 0:
             raise ValueError(f"--mapl-log-interval {self.log_interval} must be at least 1 step")
+        self._check_geometry()
+
+    def _check_geometry(self) -> None:
+        if self.geometry_interval is None:
+            return
+        if self.geometry_interval <= 0:
+            raise ValueError(
+                f"--mapl-geometry-interval {self.geometry_interval} must be at least 1 step; leave "
+                "it out to measure nothing"
+            )
+        if self.projector == "none":
+            raise ValueError(
+                f"--mapl-geometry-interval {self.geometry_interval} has no effect with "
+                "--mapl-projector none, which has no projectors to measure; leave it out"
+            )
 
     def _check_subspace(self) -> None:
         if self.anchor != "static":

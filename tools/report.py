@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what runs with boundaries report: their losses, and the bytes that crossed.
 
-    python tools/report.py RUN_DIR [RUN_DIR ...] --output report.png
+    python tools/report.py RUN_DIR [RUN_DIR ...] --output report.png [--geometry geometry.png]
 
-RUN_DIR is a --mapl-report-dir, with mapl_traffic.json and mapl_metrics.jsonl in it.
+RUN_DIR is a --mapl-report-dir, with mapl_traffic.json and mapl_metrics.jsonl in it. --geometry
+draws what the projectors keep, of runs with --mapl-geometry-interval (docs/geometry.md).
 """
 
 import argparse
-import io
 import itertools
 import json
 import sys
@@ -16,20 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
+import report_geometry
+from mapl.files import METRICS_FILE, TRAFFIC_FILE
 from mapl.traffic import KINDS
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from report_files import COLOURS, ReportError, metrics_lines, picture
 
 # (step, loss)
 Curve = list[tuple[int, float]]
-
-
-class ReportError(ValueError):
-    """A report that is missing or not what this tool reads."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +115,11 @@ def _traffic(boundaries: list[dict[str, Any]]) -> tuple[Traffic, Traffic]:
 
 
 def _losses(path: Path) -> Curve:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    curve = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-            break  # a run that goes on, or was killed, may be in the middle of its last line
-        if entry["loss"] is not None:
-            curve.append((int(entry["iteration"]), float(entry["loss"])))
-    return curve
+    return [
+        (int(entry["iteration"]), float(entry["loss"]))
+        for entry in (metrics_lines(path) if path.exists() else [])
+        if entry["loss"] is not None
+    ]
 
 
 def table(runs: Sequence[Run], *, markdown: bool = False) -> str:
@@ -181,22 +165,14 @@ def smoothed(values: Sequence[float], window: int = 5) -> list[float]:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Losses on the left, traffic on the right, written whole or not at all."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-    with pyplot.rc_context(style):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    with picture(path, figsize=(12.5, 5)) as figure:
+        left, right = figure.subplots(1, 2)
         _draw_losses(left, runs)
         _draw_traffic(right, runs)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
 
 
 def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
+    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         if run.losses:
             steps, losses = zip(*run.losses, strict=True)
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -216,7 +192,7 @@ def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
 def _draw_traffic(axes: Any, runs: Sequence[Run]) -> None:
     groups = ["forward\n(activations)", "backward\n(gradients)", "projector\nexchange", "total"]
     width = 0.8 / len(runs)
-    for index, (run, colour) in enumerate(zip(runs, itertools.cycle(_COLOURS), strict=False)):
+    for index, (run, colour) in enumerate(zip(runs, itertools.cycle(COLOURS), strict=False)):
         t = run.traffic
         sizes = [n / 1e6 for n in (t.forward, t.backward, t.projector, t.total)]
         places = [place + (index - (len(runs) - 1) / 2) * width for place in range(len(groups))]
@@ -238,15 +214,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("report.png"), help="default: %(default)s"
     )
+    parser.add_argument(
+        "--geometry", type=Path, help="a second picture, of the projectors; default: none"
+    )
     options = parser.parse_args(argv)
     try:
         runs = [load(directory) for directory in options.directories]
+        measured = [
+            report_geometry.load(directory) for directory in options.directories if options.geometry
+        ]
         print(table(runs))
         draw(runs, options.output)
+        if measured:
+            report_geometry.draw(measured, options.geometry)
     except (ReportError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"drawn in {options.output}")
+    drawn = [str(path) for path in (options.output, options.geometry) if path]
+    print(f"drawn in {' and '.join(drawn)}")
     return 0
 
 

@@ -14,7 +14,8 @@ import psutil
 
 import slow_network_plan as plan
 from mapl.files import TRAFFIC_FILE
-from report import ReportError, load
+from report import load
+from report_files import ReportError
 from shaped_hosts import ShapedHosts
 from slow_network_goodput import goodput
 from slow_network_job import Course, JobError, Place, Training, parse_step

@@ -175,6 +175,8 @@ def check_supported(args: Any, config: MaplConfig) -> None:
         _check_receive_ahead(config, args)
     if "lowrank" in config.backward_codec:
         check_lowrank(config.codec_settings, rows=_tokens_sent(args, config))
+    if config.geometry_interval is not None:
+        _check_geometry_interval(config.geometry_interval, config.log_interval, args)
 
 
 def split_ranks(args: Any, config: MaplConfig) -> int:
@@ -229,6 +231,19 @@ def _check_virtual_stages(stages: int, args: Any) -> None:
         raise ValueError(
             f"{flag} cannot be used with --recompute-granularity full: layers that run again would "
             "send again; leave it out, or use --recompute-granularity selective"
+        )
+
+
+def _check_geometry_interval(interval: int, own_log_interval: int | None, args: Any) -> None:
+    """What is measured goes into a line of metrics, so there must be one."""
+    flag, lines = "--mapl-log-interval", own_log_interval
+    if lines is None:
+        flag, lines = "--log-interval", args.log_interval
+    if interval % lines:
+        raise ValueError(
+            f"--mapl-geometry-interval {interval} is no multiple of {flag} {lines}, the steps "
+            f"between two lines of metrics; use {-(-interval // lines) * lines}, or give a "
+            "--mapl-log-interval that divides it"
         )
 
 

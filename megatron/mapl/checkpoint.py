@@ -28,6 +28,7 @@ _OF_A_RUN = tuple(
     for name in (
         "report_dir",
         "log_interval",
+        "geometry_interval",
         "checkpoint",
         "receive_ahead",
         "tensor_parallel_split",

@@ -18,6 +18,7 @@ from mapl.boundary import principal_angles
 from mapl.codecs import ResidualVQCodec
 from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
 from mapl.stiefel import orthonormality_error
+from megatron.mapl import geometry
 from megatron.mapl.runtime import MaplRuntime
 
 
@@ -113,6 +114,9 @@ class _Recorder:
         dist.all_gather_object(everyone, own)
         tokens = get_args().consumed_train_samples * get_args().seq_length
         line = _combine(iteration, tokens, everyone)
+        geometry_interval = self._runtime.config.geometry_interval
+        if geometry_interval is not None and iteration % geometry_interval == 0:
+            line["geometry"] = geometry.collect(self._runtime, iteration)
         _write_to_trackers(line)
         if dist.get_rank() == 0:
             self._warn_of_skipped_steps(line)
@@ -238,6 +242,7 @@ def _write_to_trackers(line: dict[str, Any]) -> None:
         between = "-".join(map(str, entry["boundaries"]))
         for name in ("mean_degrees", "smallest_degrees"):
             scalars[f"mapl/angle-{between}/{name.replace('_', '-')}"] = entry[name]
+    scalars |= geometry.scalars(line["geometry"]) if "geometry" in line else {}
     scalars = {name: value for name, value in scalars.items() if value is not None}
     if tensorboard:
         for name, value in scalars.items():

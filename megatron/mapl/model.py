@@ -23,6 +23,7 @@ from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept
 from mapl.channel import WHOLE, Channel, Share
 from mapl.coordinates import Coordinates
+from megatron.mapl.geometry import Probe
 from megatron.mapl.port import PAYLOAD, Place, Port, private_generator, take_payload
 from megatron.mapl.runtime import MaplRuntime
 
@@ -47,6 +48,7 @@ class StageBoundaries(nn.Module):
     Attributes:
         first_layer, last_layer: the layers [first, last) of the model that the chunk holds.
         energy: ‖Z‖²/‖X − anchor‖² of the last micro-batch, when `measure_energy` is set.
+        probe: measures the geometry at the outlet, if `--mapl-geometry-interval` asks for it.
         load_sources: while a checkpoint is loaded, the key to read for each state (checkpoint.py).
         table_readers: key of an anchor table → how many earlier stages read it in this load.
     """
@@ -106,6 +108,9 @@ class StageBoundaries(nn.Module):
         self.sequence_parallel: bool = config.sequence_parallel
         self.measure_energy = False
         self.energy: torch.Tensor | None = None
+        interval = runtime.config.geometry_interval
+        projects = self.outlet is not None and self.outlet.projector is not None
+        self.probe = Probe(interval) if interval is not None and projects else None
         self.load_sources: dict[str, str] | None = None
         self.table_readers: dict[str, int] = {}
         self._runtime = runtime
@@ -166,6 +171,8 @@ class StageBoundaries(nn.Module):
         ids = self._micro_batch.ids
         if projector is not None and self.measure_energy:
             self.energy = energy_kept(hidden, self._coordinates(), basis, projector)
+        if projector is not None and self.probe is not None:
+            self.probe.observe(hidden, self._coordinates(), basis, projector.A)
         latent = hidden
         if projector is None or basis is None or channel.share != WHOLE:
             if projector is not None:

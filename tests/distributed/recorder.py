@@ -103,6 +103,11 @@ def run(path: Path, job: dict[str, Any]) -> None:
                 ]
                 for port in runtime.ports()
             }
+            record["geometry"] = {
+                stage.outlet.boundary: stage.probe.measured
+                for stage in runtime.stages
+                if stage.probe is not None
+            }
             record["anchors"] = [
                 {
                     name: tensor.detach().clone()

@@ -104,7 +104,8 @@ def test_anchors_and_projectors(cluster: Cluster, anchor: str, projector: str) -
 def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
     """Boundary 0 is left uncompressed and passes on the token ids that stage 1 needs."""
     layout = LAYOUTS["pp4"]
-    result = cluster.run(4, layout.command(f"--mapl-rank 0 {RANK} 32"))
+    more = f"--mapl-rank 0 {RANK} 32 --mapl-geometry-interval 4"
+    result = cluster.run(4, layout.command(more))
     held = copies(result)
     assert {boundary: state[0]["A"].shape[1] for boundary, state in held.items()} == {1: 16, 2: 32}
     first, second, third = result.traffic["boundaries"]
@@ -113,6 +114,9 @@ def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
     assert first["forward"]["ids"] == tokens  # 256 tokens: ids of one byte
     assert second["forward"]["latents"] == tokens * RANK * 4
     assert third["forward"]["latents"] == tokens * 32 * 4
+    geometry = result.metrics[-1]["geometry"]  # rank 0, which gathers, has no projector itself
+    assert [(e["boundary"], e["rank"]) for e in geometry["boundaries"]] == [(1, RANK), (2, 32)]
+    assert [entry["boundaries"] for entry in geometry["angles"]] == [[1, 2]]
 
 
 def test_uncompressed_tail_needs_no_ids(cluster: Cluster) -> None:
@@ -150,10 +154,18 @@ def test_metrics(cluster: Cluster) -> None:
         4,
         layout.command(
             f"--mapl-rank {RANK} --mapl-log-interval 2 --tensorboard-dir board "
-            "--mapl-projector-lr-mult 3"
+            "--mapl-projector-lr-mult 3 --mapl-geometry-interval 4"
         ),
     )
     lines = result.metrics
+    assert ["geometry" in line for line in lines] == [False, True]
+    geometry = lines[1]["geometry"]
+    far, near = (
+        {tuple(entry["boundaries"]): entry["mean_degrees"] for entry in angles}
+        for angles in (geometry["angles"], lines[1]["angles"])
+    )
+    assert [*far] == [(0, 1), (0, 2), (1, 2)]
+    assert near == pytest.approx({pair: far[pair] for pair in near}, abs=0.05)
     assert [line["iteration"] for line in lines] == [2, 4]
     assert lines[0]["loss"] == pytest.approx(sum(result.losses[:2]) / 2)
     for line in lines:
@@ -173,6 +185,33 @@ def test_metrics(cluster: Cluster) -> None:
     assert [event.step for event in logged] == [2, 4]
     assert logged[1].value == pytest.approx(lines[1]["boundaries"][1]["energy_kept"])
     assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
+    for tag, value in (
+        ("boundary-2/cosine-pearson", geometry["boundaries"][2]["cosine_pearson"]),
+        ("angle-0-2/mean-degrees", far[0, 2]),
+    ):
+        (event,) = events.Scalars(f"mapl/geometry/{tag}")
+        assert event.step == 4 and event.value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", ["pp2-vpp2-overlapped", "pp2-dp2"])
+def test_measuring_changes_nothing_else(cluster: Cluster, name: str) -> None:
+    """In each step, the first included, between steps that evaluate."""
+    layout = LAYOUTS[name]
+    more = f"--mapl-rank {RANK} --eval-interval 1"
+    expected = cluster.run(layout.world_size, layout.command(more))
+    result = cluster.run(layout.world_size, layout.command(more, "--mapl-geometry-interval 1"))
+    assert (result.losses, result.validation) == (expected.losses, expected.validation)
+    assert result.traffic["boundaries"] == expected.traffic["boundaries"]
+    assert not any("geometry" in line for line in expected.metrics)
+    boundaries = [*range(3 if "vpp" in name else 1)]
+    for line in result.metrics:
+        measured = line["geometry"]["boundaries"]
+        assert [entry["boundary"] for entry in measured] == boundaries
+    # The replicas' micro-batches differ, and the last line has their mean.
+    replicas = [r["geometry"][0] for r in result.records if 0 in r["geometry"]]
+    assert len({replica.energy_kept for replica in replicas}) == (2 if "dp2" in name else 1)
+    mean = sum(replica.energy_kept for replica in replicas) / len(replicas)
+    assert result.metrics[-1]["geometry"]["boundaries"][0]["energy_kept"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("codec", ["pipeline", "int4", "rvq", "topk", "lowrank"])

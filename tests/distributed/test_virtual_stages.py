@@ -29,6 +29,7 @@ CODECS = {
     "full anchor": "--mapl-anchor full",
     "subspace": "--mapl-projector subspace --mapl-anchor static",
 }
+MEASURED = "--mapl-geometry-interval 2"
 
 
 def projectors(result: Result) -> dict[tuple[int, str], torch.Tensor]:
@@ -42,7 +43,8 @@ def projectors(result: Result) -> dict[tuple[int, str], torch.Tensor]:
 def test_equals_the_pipeline(cluster: Cluster, tmp_path: Path, name: str) -> None:
     """From one checkpoint, since Megatron draws the weights of each stage by its rank."""
     rank = "--mapl-rank 64" if "projector none" in name else "--mapl-rank 16"
-    more = f"{rank} {CODECS[name]} {SAVE} --load {tmp_path}"
+    measures = name in ("pipeline", "full anchor", "rvq")
+    more = f"{rank} {CODECS[name]} {SAVE} --load {tmp_path} {MEASURED if measures else ''}"
     start = LAYOUTS["pp4"].command(more, f"--save {tmp_path} --exit-interval 2")
     cluster.run(4, start)
     pipeline = cluster.run(4, LAYOUTS["pp4"].command(more))
@@ -57,19 +59,50 @@ def test_equals_the_pipeline(cluster: Cluster, tmp_path: Path, name: str) -> Non
     for key, a in ours.items():
         torch.testing.assert_close(a, theirs[key], rtol=0, atol=1e-5)
         assert torch.equal(a, ours[key[0], "inlet"])  # both sides, bit for bit
+    if measures:
+        assert_same_geometry(virtual, pipeline, boundaries=3)
+    else:
+        assert not any("geometry" in line for line in virtual.metrics + pipeline.metrics)
+
+
+def assert_same_geometry(virtual: Result, pipeline: Result, boundaries: int) -> None:
+    """Of the one step that was measured, the last of two."""
+    (_, ours), (_, theirs) = virtual.metrics, pipeline.metrics
+    assert "geometry" not in virtual.metrics[0] and "geometry" not in pipeline.metrics[0]
+    found, expected = ours["geometry"]["boundaries"], theirs["geometry"]["boundaries"]
+    assert [entry["boundary"] for entry in found] == [*range(boundaries)]
+    for one, other in zip(found, expected, strict=True):
+        assert one["rank_99"] == pytest.approx(other.pop("rank_99"), abs=1)  # may be on the verge
+        assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-4)
+        assert 0 < one["energy_kept"] < one["energy_ceiling"] < 1
+        assert one["energy_random"] == 0.25 and 0 < one["cosine_pearson"] < 1
+    pairs = [[p, q] for p in range(boundaries) for q in range(p + 1, boundaries)]
+    found, expected = ours["geometry"]["angles"], theirs["geometry"]["angles"]
+    assert [entry["boundaries"] for entry in found] == pairs
+    assert [entry["boundaries"] for entry in expected] == pairs
+    for one, other in zip(found, expected, strict=True):
+        for name in ("mean_degrees", "smallest_degrees"):
+            assert 0 < one[name] == pytest.approx(other[name], abs=0.01)
 
 
 @pytest.mark.parametrize("more", ["", "--sequence-parallel"])
 def test_tensor_parallel(cluster: Cluster, tmp_path: Path, more: str) -> None:
     """Its ranks send a part of the tokens each, or other tokens."""
     tensor = f"--tensor-model-parallel-size 2 {more}"
-    options = f"--mapl-rank 16 --mapl-forward-codec int8 {SAVE} --load {tmp_path}"
+    options = f"--mapl-rank 16 --mapl-forward-codec int8 {SAVE} --load {tmp_path} {MEASURED}"
     layout = Layout(4, f"--pipeline-model-parallel-size 2 {tensor}")
     cluster.run(4, layout.command(options, f"--save {tmp_path} --exit-interval 2"))
     pipeline = cluster.run(4, layout.command(options))
     virtual = cluster.run(2, Layout(2, f"--mapl-virtual-stages 2 {tensor}").command(options))
     assert virtual.losses == pytest.approx(pipeline.losses, rel=1e-6)
     assert virtual.traffic["total"] == pipeline.traffic["total"]
+    assert_same_geometry(virtual, pipeline, boundaries=1)
+    # Each process measures its own tokens, which the line of metrics then has the mean of.
+    (entry,) = pipeline.metrics[-1]["geometry"]["boundaries"]
+    one, other = (r["geometry"][0] for r in pipeline.records if r["geometry"])
+    assert one.tokens == other.tokens == (32 if more else 64)
+    assert (one.energy_kept == other.energy_kept) == (not more)
+    assert entry["energy_kept"] == pytest.approx((one.energy_kept + other.energy_kept) / 2)
 
 
 def test_a_pipeline_goes_on_where_virtual_stages_left_off(cluster: Cluster, tmp_path: Path) -> None:

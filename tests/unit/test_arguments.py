@@ -94,6 +94,7 @@ READ = {
         "mapl_checkpoint": "match",
         "mapl_report_dir": None,
         "mapl_log_interval": None,
+        "mapl_geometry_interval": None,
         "mapl_forward_codec": ["pipeline"],
         "mapl_backward_codec": ["pipeline"],
         "mapl_tensor_parallel_split": True,
@@ -211,6 +212,18 @@ ALLOWED_BESIDE_SUBSPACE: dict[str, dict[str, Any]] = {
     },
     "whole": {"use_distributed_optimizer": True},
     "replicas": {"data_parallel_size": 2},
+
+GEOMETRY: dict[tuple[str, int], str | None] = {
+    ("--mapl-geometry-interval 100", 50): None,
+    ("--mapl-geometry-interval 100 --mapl-log-interval 20", 7): None,
+    (
+        "--mapl-geometry-interval 100",
+        30,
+    ): "--mapl-geometry-interval 100 is no multiple of --log-interval 30, .*; use 120, or give",
+    (
+        "--mapl-geometry-interval 5 --mapl-log-interval 10",
+        1,
+    ): "--mapl-geometry-interval 5 is no multiple of --mapl-log-interval 10, .*; use 10, or give",
 }
 
 SHARED_LINKS = {
@@ -234,6 +247,7 @@ def answers() -> Answers:
         *((["--mapl-rank", "8"], megatron) for megatron in beside),
         *((SUBSPACE.split(), megatron) for megatron in beside_subspace),
         *((["--mapl-rank", *ranks.split()], virtual) for ranks in SHARED_LINKS),
+        *((f"--mapl-rank 8 {flags}".split(), {"log_interval": n}) for flags, n in GEOMETRY),
     ]
     asked = [(words, {**MEGATRON, **megatron}) for words, megatron in cases]
     got = json.loads(run(["-c", ANSWER], json.dumps(asked)).splitlines()[-1])
@@ -286,6 +300,18 @@ def test_what_stays_in_the_subspace_is_let_through(answers: Answers, name: str) 
 def test_boundaries_on_one_link_have_one_rank(answers: Answers, ranks: str) -> None:
     answer = answers(f"--mapl-rank {ranks}", {"virtual_pipeline_model_parallel_size": 2})
     message = SHARED_LINKS[ranks]
+    if message is None:
+        assert answer["error"] is None
+    else:
+        assert_error(answer, message)
+
+
+@pytest.mark.parametrize(("flags", "log_interval"), GEOMETRY)
+def test_geometry_is_measured_where_there_is_a_line(
+    answers: Answers, flags: str, log_interval: int
+) -> None:
+    answer = answers(f"--mapl-rank 8 {flags}", {"log_interval": log_interval})
+    message = GEOMETRY[flags, log_interval]
     if message is None:
         assert answer["error"] is None
     else:

@@ -22,6 +22,11 @@ from mapl.plan import plan_boundaries
         ({"rank": [8], "projector_lr_mult": 0.0}, r"--mapl-projector-lr-mult 0.0"),
         ({"rank": [8], "projector_lr_mult": float("nan")}, r"--mapl-projector-lr-mult nan"),
         ({"rank": [8], "log_interval": 0}, r"--mapl-log-interval 0"),
+        ({"rank": [8], "geometry_interval": 0}, r"--mapl-geometry-interval 0 must be at least 1"),
+        (
+            {"rank": [8], "geometry_interval": 5, "projector": "none", "anchor": "none"},
+            r"--mapl-geometry-interval 5 has no effect with --mapl-projector none, .*leave it out",
+        ),
         ({"rank": [8], "receive_ahead": -1}, r"--mapl-receive-ahead -1 must be"),
         ({"rank": [8], "projector": "none"}, r"--mapl-projector none .*give --mapl-anchor none"),
         (
