@@ -212,6 +212,7 @@ ALLOWED_BESIDE_SUBSPACE: dict[str, dict[str, Any]] = {
     },
     "whole": {"use_distributed_optimizer": True},
     "replicas": {"data_parallel_size": 2},
+}
 
 GEOMETRY: dict[tuple[str, int], str | None] = {
     ("--mapl-geometry-interval 100", 50): None,
