@@ -12,6 +12,7 @@ Shapes: V vocabulary, d hidden size, r_a anchor rank, k coordinate width (r_a or
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 
 from mapl.coordinates import Coordinates
 from mapl.fp32 import keep_dtype
+from mapl.ngrams import bigram_buckets
 from mapl.stiefel import random_stiefel
+from mapl.summed_coordinates import SummedCoordinates
+
+#: m of the bigram anchor.
+DEFAULT_BUCKETS = 131072
 
 
 class Anchor(nn.Module):
@@ -28,16 +34,20 @@ class Anchor(nn.Module):
     Attributes:
         basis: P [k, d] fp32 with orthonormal rows; None stands for the identity, k = d.
         uses_ids: whether ``forward`` looks at the ids, so that they must reach this stage.
+        uses_predecessors: whether it looks at the ids of the tokens before them too.
     """
 
     uses_ids: bool
+    uses_predecessors = False
     basis: Tensor | None
 
-    def coordinates(self, ids: Tensor) -> Coordinates | None:
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates | None:
         """Coordinates of the tokens, not gathered yet.
 
         Args:
             ids: token ids of any integer dtype and any shape, here [s, b].
+            predecessors: ids of the tokens before them, of the same shape; −1 where a sequence
+                begins. Needed if ``uses_predecessors``, else not looked at.
 
         Returns:
             C [*ids.shape, k] in the model's dtype, or None if there is no anchor.
@@ -47,9 +57,9 @@ class Anchor(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, ids: Tensor) -> Tensor | None:
+    def forward(self, ids: Tensor, predecessors: Tensor | None = None) -> Tensor | None:
         """The same, gathered. Autograd takes its gradient back to the table."""
-        coordinates = self.coordinates(ids)
+        coordinates = self.coordinates(ids, predecessors)
         return None if coordinates is None else coordinates.gathered()
 
 
@@ -62,7 +72,7 @@ class NoAnchor(Anchor):
         super().__init__()
         self.basis = None
 
-    def coordinates(self, ids: Tensor) -> None:
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> None:
         """None, whatever the ids."""
         return None
 
@@ -100,7 +110,7 @@ class FactorizedAnchor(Anchor):
         rows = random_stiefel(hidden_size, anchor_rank, generator).mT.contiguous()
         self.register_buffer("basis", rows)
 
-    def coordinates(self, ids: Tensor) -> Coordinates:
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates:
         """C [*ids.shape, r_a]."""
         return Coordinates(self.E, ids)
 
@@ -109,6 +119,51 @@ class FactorizedAnchor(Anchor):
         super()._apply(fn, recurse)
         self.basis = keep_dtype(fn)(basis)
         return self
+
+
+class BigramAnchor(FactorizedAnchor):
+    """E[t_i] + B[h(t_{i−1}, t_i)] in place of E[t_i]: what a token and the one before it say.
+
+    C_i = E[t_i] + B[h(t_{i−1}, t_i)],  h: V² → m by hashing (`mapl.ngrams.bigram_buckets`),
+
+    both trained from zero. The ids are at both ends of a boundary anyway, so the predecessors cost
+    no traffic either. Hashed n-gram embeddings of a model's input: Roy et al., arXiv 2207.06366.
+
+    Args:
+        vocab_size, hidden_size, anchor_rank, generator: as for `FactorizedAnchor`.
+        buckets: m, rows of B ∈ R^{m×r_a}; bigrams that fall into one row share it.
+
+    Raises:
+        ValueError: sizes out of range.
+    """
+
+    uses_predecessors = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        anchor_rank: int,
+        buckets: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, anchor_rank, generator)
+        if buckets < 1:
+            raise ValueError(f"a bigram anchor needs at least 1 bucket, got {buckets}")
+        self.B = nn.Parameter(torch.zeros(buckets, anchor_rank))
+
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates:
+        """C [*ids.shape, r_a].
+
+        Raises:
+            ValueError: predecessors that are missing or not integers, or of another shape.
+        """
+        if predecessors is None:
+            raise ValueError(
+                "a bigram anchor needs the ids of the tokens before; pass predecessors"
+            )
+        buckets = bigram_buckets(ids, predecessors, len(self.B))
+        return SummedCoordinates([Coordinates(self.E, ids), Coordinates(self.B, buckets)])
 
 
 class FullAnchor(Anchor):
@@ -130,7 +185,7 @@ class FullAnchor(Anchor):
         self.E = nn.Parameter(torch.zeros(vocab_size, hidden_size))
         self.basis = None
 
-    def coordinates(self, ids: Tensor) -> Coordinates:
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates:
         """C [*ids.shape, d]."""
         return Coordinates(self.E, ids)
 
@@ -163,7 +218,7 @@ class StaticAnchor(Anchor):
         self.register_buffer("table", normal.mul_(std))
         self.basis = None
 
-    def coordinates(self, ids: Tensor) -> Coordinates:
+    def coordinates(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates:
         """C [*ids.shape, d]; nothing here is trained."""
         return Coordinates(self.table, ids)
 
@@ -176,15 +231,28 @@ def _check_sizes(vocab_size: int, hidden_size: int) -> None:
         )
 
 
-_BUILDERS: dict[str, Callable[[int, int, int, float, torch.Generator], Anchor]] = {
-    "none": lambda vocab, hidden, rank, std, generator: NoAnchor(),
-    "factorized": lambda vocab, hidden, rank, std, generator: FactorizedAnchor(
-        vocab, hidden, rank, generator
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What `build_anchor` was given; each anchor takes what concerns it."""
+
+    vocab_size: int
+    hidden_size: int
+    anchor_rank: int
+    generator: torch.Generator
+    static_std: float
+    buckets: int
+
+
+_BUILDERS: dict[str, Callable[[_Sizes], Anchor]] = {
+    "none": lambda of: NoAnchor(),
+    "factorized": lambda of: FactorizedAnchor(
+        of.vocab_size, of.hidden_size, of.anchor_rank, of.generator
     ),
-    "static": lambda vocab, hidden, rank, std, generator: StaticAnchor(
-        vocab, hidden, generator, std
+    "bigram": lambda of: BigramAnchor(
+        of.vocab_size, of.hidden_size, of.anchor_rank, of.buckets, of.generator
     ),
-    "full": lambda vocab, hidden, rank, std, generator: FullAnchor(vocab, hidden),
+    "static": lambda of: StaticAnchor(of.vocab_size, of.hidden_size, of.generator, of.static_std),
+    "full": lambda of: FullAnchor(of.vocab_size, of.hidden_size),
 }
 
 
@@ -196,20 +264,30 @@ def build_anchor(
     anchor_rank: int,
     generator: torch.Generator,
     static_std: float = 0.02,
+    buckets: int = DEFAULT_BUCKETS,
 ) -> Anchor:
-    """The anchor that ``kind`` names: none, factorized, static or full.
+    """The anchor that ``kind`` names: none, factorized, bigram, static or full.
 
     Args:
         kind: its name.
         vocab_size: V.
         hidden_size: d.
-        anchor_rank: r_a; the factorized anchor alone has one.
+        anchor_rank: r_a; factorized and bigram anchors alone have one.
         generator: private CPU generator; see the class for what it must share with other stages.
         static_std: standard deviation of the static anchor's table; the others have none.
+        buckets: m, rows of the bigram anchor's second table; the others have none.
 
     Raises:
         ValueError: a name that is not in the table, or sizes out of range.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown anchor {kind!r}; choose one of {', '.join(_BUILDERS)}")
-    return _BUILDERS[kind](vocab_size, hidden_size, anchor_rank, static_std, generator)
+    sizes = _Sizes(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        anchor_rank=anchor_rank,
+        generator=generator,
+        static_std=static_std,
+        buckets=buckets,
+    )
+    return _BUILDERS[kind](sizes)

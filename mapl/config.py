@@ -8,7 +8,7 @@ from typing import Literal
 from mapl.codecs import CodecSettings, check_lowrank, check_rvq, check_topk
 from mapl.codecs.settings import LOWRANK_FORWARD
 
-AnchorKind = Literal["factorized", "none", "static", "full"]
+AnchorKind = Literal["factorized", "bigram", "none", "static", "full"]
 ProjectorKind = Literal["learned", "fixed", "unconstrained", "subspace", "none"]
 CodecName = Literal["pipeline", "fp8", "int8", "int4", "rvq", "topk", "lowrank"]
 CheckpointMode = Literal["match", "fresh", "drop"]
@@ -36,10 +36,16 @@ class MaplConfig:
 
     anchor: AnchorKind = "factorized"
     """The token anchor that is subtracted before and added back after a boundary: factorized
-    (E P, E trained, P fixed), none, static (a frozen random table), full (a trained table)."""
+    (E P, E trained, P fixed), bigram (the same, and rows for the token together with the one before
+    it), none, static (a frozen random table), full (a trained table)."""
 
     anchor_rank: int | None = None
-    """Rank r_a of the factorized anchor; it costs memory, no traffic. Default: hidden size / 4."""
+    """Rank r_a of the factorized and bigram anchors; it costs memory, no traffic. Default: hidden
+    size / 4."""
+
+    anchor_buckets: int | None = None
+    """m, rows of the bigram anchor's second table, into which bigrams are hashed; it costs memory,
+    no traffic. Default: 131072."""
 
     projector: ProjectorKind = "learned"
     """How the projector A is trained: learned (on the Stiefel manifold, by SPEL), fixed (random
@@ -140,15 +146,26 @@ class MaplConfig:
                 "leave --mapl-rank out for plain Megatron"
             )
         if self.anchor_rank is not None:
-            if self.anchor != "factorized":
+            if self.anchor not in ("factorized", "bigram"):
                 raise ValueError(
                     f"--mapl-anchor-rank {self.anchor_rank} has no effect with --mapl-anchor "
-                    f"{self.anchor}; leave it out, or use --mapl-anchor factorized"
+                    f"{self.anchor}; leave it out, or use --mapl-anchor factorized or bigram"
                 )
             if self.anchor_rank <= 0:
                 raise ValueError(
                     f"--mapl-anchor-rank {self.anchor_rank} must be positive; use --mapl-anchor "
                     "none for no anchor"
+                )
+        if self.anchor_buckets is not None:
+            if self.anchor != "bigram":
+                raise ValueError(
+                    f"--mapl-anchor-buckets {self.anchor_buckets} has no effect with --mapl-anchor "
+                    f"{self.anchor}; leave it out, or use --mapl-anchor bigram"
+                )
+            if not 1 <= self.anchor_buckets < 2**31:
+                raise ValueError(
+                    f"--mapl-anchor-buckets {self.anchor_buckets} must be from 1 to 2147483647; "
+                    "use --mapl-anchor factorized for no second table"
                 )
         if self.projector in _NOT_LEARNED and self.projector_lr_mult != 0.1:
             raise ValueError(

@@ -22,6 +22,7 @@ class Coordinates:
     Args:
         table: [V, k].
         ids: integers of any shape.
+        sorts: whether a gradient of the table will need the tokens in the order of their ids.
 
     Attributes:
         table: as given.
@@ -32,7 +33,7 @@ class Coordinates:
         ValueError: ids that are not integers.
     """
 
-    def __init__(self, table: Tensor, ids: Tensor) -> None:
+    def __init__(self, table: Tensor, ids: Tensor, *, sorts: bool = True) -> None:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"token ids must be integers, got {ids.dtype}")
         self.table, self.shape = table, (*ids.shape, table.size(1))
@@ -41,7 +42,7 @@ class Coordinates:
         self._order = TokenOrder(self.ids)
         self._adds: bool | None = None  # of the first use
         self._waiting: Tensor | None = None  # the dC of another use, which comes with the last
-        if table.requires_grad and torch.is_grad_enabled():
+        if sorts and table.requires_grad and torch.is_grad_enabled():
             self._order.start()
 
     @classmethod

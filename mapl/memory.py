@@ -8,8 +8,10 @@ each chunk of the model that they passed):
     projectors    12·d·r      a side of a boundary: A, momentum and gradient, fp32
     operands      ((d + r_a)·r)·w + 4·r_a·r    a chunk that sends: [A; −PA], the sum before Pᵀ
                   (r + r_a)·d·w                a chunk that receives: [Aᵀ; P]
-    anchors       V·r_a·o + 4·r_a·d    a chunk: the table, o bytes with all of its state; the basis
-                  V·r_a·w              once: what stands for the table's gradient in autograd
+    anchors       (V + m)·r_a·o + 4·r_a·d    a chunk: the tables, o bytes with all of their state
+                                       (m rows of bigrams, or 0); the basis
+                  (V + m)·r_a·w        once: what stands for the tables' gradients in autograd
+    coordinates   F·N·(r_a·w + 28)     a chunk with a bigram anchor: C, and the order of the bigrams
     activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
     ids           F·N·20      a chunk: the ids, and their order for the table's gradient, at most
@@ -39,6 +41,7 @@ class Stage:
         in_flight: F.
         ahead: a, payloads of each direction that are received or sent ahead.
         itemsize: w.
+        buckets: m, 0 without a bigram anchor.
         table_bytes: o, of a parameter with all that belongs to it.
     """
 
@@ -52,6 +55,7 @@ class Stage:
     in_flight: int
     ahead: int = 2
     itemsize: int = 2
+    buckets: int = 0
     table_bytes: int = MIXED_PRECISION_ADAM
 
 
@@ -61,12 +65,13 @@ def added(stage: Stage) -> dict[str, int]:
     sides, chunks = stage.sending + stage.receiving, max(stage.sending, stage.receiving)
     kept = stage.in_flight * n
     sends, receives = stage.sending > 0, stage.receiving > 0
+    table = (stage.vocab_size + stage.buckets) * k
     return {
         "projectors": sides * 12 * d * r,
         "operands": stage.sending * ((d + k) * r * stage.itemsize + 4 * k * r)
         + stage.receiving * (r + k) * d * stage.itemsize,
-        "anchors": chunks * (stage.vocab_size * k * stage.table_bytes + 4 * k * d)
-        + stage.vocab_size * k * stage.itemsize,
+        "anchors": chunks * (table * stage.table_bytes + 4 * k * d) + table * stage.itemsize,
+        "coordinates": (stage.buckets > 0) * kept * (k * stage.itemsize + 28),
         "activations": sends * kept * d * stage.itemsize,
         "latents": receives * kept * r * stage.itemsize,
         "ids": kept * 20,

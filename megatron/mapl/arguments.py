@@ -175,6 +175,12 @@ def check_supported(args: Any, config: MaplConfig) -> None:
         _check_receive_ahead(config, args)
     if "lowrank" in config.backward_codec:
         check_lowrank(config.codec_settings, rows=_tokens_sent(args, config))
+    if config.anchor == "bigram" and args.context_parallel_size > 1:
+        raise ValueError(
+            f"--mapl-anchor bigram with --context-parallel-size {args.context_parallel_size} would "
+            "need the token before a part of a sequence, which another process holds; use "
+            "--mapl-anchor factorized"
+        )
     if config.geometry_interval is not None:
         _check_geometry_interval(config.geometry_interval, config.log_interval, args)
 

@@ -23,6 +23,7 @@ from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode, energy_kept
 from mapl.channel import WHOLE, Channel, Share
 from mapl.coordinates import Coordinates
+from mapl.ngrams import predecessors_of
 from megatron.mapl.geometry import Probe
 from megatron.mapl.port import PAYLOAD, Place, Port, private_generator, take_payload
 from megatron.mapl.runtime import MaplRuntime
@@ -95,6 +96,7 @@ class StageBoundaries(nn.Module):
                 runtime.seed, "anchor", 0 if runtime.config.anchor == "static" else self.first_layer
             ),
             static_std=runtime.config.static_anchor_std,
+            buckets=runtime.plan.anchor_buckets,
         )
         tags = {
             "is_embedding_or_output_parameter": True,  # Adam, where matrices get Muon
@@ -195,8 +197,18 @@ class StageBoundaries(nn.Module):
         anchor, current = self.anchor, self._micro_batch
         if current.coordinates is None and anchor.uses_ids:
             assert current.ids is not None
-            current.coordinates = anchor.coordinates(current.ids)
+            predecessors = self._predecessors(current.ids) if anchor.uses_predecessors else None
+            current.coordinates = anchor.coordinates(current.ids, predecessors)
         return current.coordinates
+
+    def _predecessors(self, ids: torch.Tensor) -> torch.Tensor:
+        """The ids [s, b] one place earlier; the first ones' are at another rank if s is shared."""
+        group = self.groups.tp
+        if not self.sequence_parallel or group.size() == 1:
+            return predecessors_of(ids)
+        last = [torch.empty_like(ids[-1]) for _ in range(group.size())]
+        torch.distributed.all_gather(last, ids[-1].contiguous(), group=group)
+        return predecessors_of(ids, last[group.rank() - 1] if group.rank() else None)
 
     def _enter(self, ids: torch.Tensor | None) -> None:
         """Begins a micro-batch, whose ids are given, or ends the last one."""

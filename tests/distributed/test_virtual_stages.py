@@ -27,8 +27,10 @@ CODECS = {
     "--mapl-backward-codec lowrank --mapl-lowrank-q 16",
     "projector none": "--mapl-projector none --mapl-anchor none --mapl-forward-codec int8",
     "full anchor": "--mapl-anchor full",
+    "bigram anchor": "--mapl-anchor bigram --mapl-anchor-buckets 200",
     "subspace": "--mapl-projector subspace --mapl-anchor static",
 }
+BIGRAM = "--mapl-anchor bigram"
 MEASURED = "--mapl-geometry-interval 2"
 
 
@@ -85,7 +87,7 @@ def assert_same_geometry(virtual: Result, pipeline: Result, boundaries: int) -> 
             assert 0 < one[name] == pytest.approx(other[name], abs=0.01)
 
 
-@pytest.mark.parametrize("more", ["", "--sequence-parallel"])
+@pytest.mark.parametrize("more", ["", "--sequence-parallel", "--sequence-parallel " + BIGRAM])
 def test_tensor_parallel(cluster: Cluster, tmp_path: Path, more: str) -> None:
     """Its ranks send a part of the tokens each, or other tokens."""
     tensor = f"--tensor-model-parallel-size 2 {more}"
@@ -103,6 +105,15 @@ def test_tensor_parallel(cluster: Cluster, tmp_path: Path, more: str) -> None:
     assert one.tokens == other.tokens == (32 if more else 64)
     assert (one.energy_kept == other.energy_kept) == (not more)
     assert entry["energy_kept"] == pytest.approx((one.energy_kept + other.energy_kept) / 2)
+
+
+def test_predecessors_are_found_at_other_ranks(cluster: Cluster) -> None:
+    """Under sequence parallelism, which changes nothing else."""
+    options = f"--mapl-rank 16 {BIGRAM} --mapl-virtual-stages 4 --tensor-model-parallel-size 2"
+    whole = cluster.run(2, Layout(2, options).command(""))
+    shared = cluster.run(2, Layout(2, f"{options} --sequence-parallel").command(""))
+    assert shared.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert shared.losses[-1] < shared.losses[0] - 0.05
 
 
 def test_a_pipeline_goes_on_where_virtual_stages_left_off(cluster: Cluster, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_names(kind, cls):
 
 @pytest.mark.parametrize("kind", ["", "factorised", "None", "FULL"])
 def test_unknown_names_are_refused(kind):
-    with pytest.raises(ValueError, match="none, factorized, static, full"):
+    with pytest.raises(ValueError, match="none, factorized, bigram, static, full"):
         build(kind)
 
 

@@ -347,8 +347,8 @@ def test_help_shows_the_docstrings() -> None:
         assert f"--mapl-{no}{field.name.replace('_', '-')} " in shown
     for words in (
         "Projector rank r, the width of what crosses a boundary",
-        "Rank r_a of the factorized anchor; it costs memory, no traffic.",
-        "{factorized,none,static,full}",
+        "Rank r_a of the factorized and bigram anchors; it costs memory, no traffic.",
+        "{factorized,bigram,none,static,full}",
         "{learned,fixed,unconstrained,subspace,none}",
         "{pipeline,fp8,int8,int4,rvq,topk,lowrank}",
         "--mapl-emulate-bandwidth",
