@@ -7,7 +7,6 @@ RUN_DIR is a --mapl-report-dir, with mapl_traffic.json and mapl_metrics.jsonl in
 """
 
 import argparse
-import io
 import itertools
 import json
 import sys
@@ -16,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from mapl.files import METRICS_FILE, TRAFFIC_FILE, write_atomically
+from figures import COLOURS, save
+from mapl.files import METRICS_FILE, TRAFFIC_FILE
 from mapl.traffic import KINDS
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from text_table import columns
 
 # (step, loss)
 Curve = list[tuple[int, float]]
@@ -140,10 +136,11 @@ def _losses(path: Path) -> Curve:
 
 def table(runs: Sequence[Run], *, markdown: bool = False) -> str:
     """The runs as aligned text, or as a Markdown table. MB is 10⁶ bytes."""
-    rows = [
-        ["run", "training loss", "validation loss", "forward MB", "backward MB", "projector MB",
-         "total MB", "ratio", "training s", "communicating s"]
-    ]  # fmt: skip
+    names = [
+        *("run", "training loss", "validation loss", "forward MB", "backward MB", "projector MB"),
+        *("total MB", "ratio", "training s", "communicating s"),
+    ]
+    rows = []
     for run in runs:
         losses = smoothed([loss for _, loss in run.losses])
         t = run.traffic
@@ -158,19 +155,7 @@ def table(runs: Sequence[Run], *, markdown: bool = False) -> str:
                 "–" if run.communicating is None else f"{run.communicating:.0f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    if markdown:
-        rule = [rule[0], *(dashes[:-1] + ":" for dashes in rule[1:])]
-    lines = []
-    for row in (rows[0], rule, *rows[1:]):
-        first, *others = (
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        cells = [first, *others]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells))
-    return "\n".join(lines)
+    return columns(names, rows, markdown=markdown)
 
 
 def smoothed(values: Sequence[float], window: int = 5) -> list[float]:
@@ -181,22 +166,16 @@ def smoothed(values: Sequence[float], window: int = 5) -> list[float]:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Losses on the left, traffic on the right, written whole or not at all."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-    with pyplot.rc_context(style):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
-        _draw_losses(left, runs)
-        _draw_traffic(right, runs)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
+    def fill(_: Any, panels: list[Any]) -> None:
+        _draw_losses(panels[0], runs)
+        _draw_traffic(panels[1], runs)
+
+    save(path, 2, (12.5, 5), fill)
 
 
 def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, itertools.cycle(_COLOURS), strict=False):
+    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         if run.losses:
             steps, losses = zip(*run.losses, strict=True)
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -216,7 +195,7 @@ def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
 def _draw_traffic(axes: Any, runs: Sequence[Run]) -> None:
     groups = ["forward\n(activations)", "backward\n(gradients)", "projector\nexchange", "total"]
     width = 0.8 / len(runs)
-    for index, (run, colour) in enumerate(zip(runs, itertools.cycle(_COLOURS), strict=False)):
+    for index, (run, colour) in enumerate(zip(runs, itertools.cycle(COLOURS), strict=False)):
         t = run.traffic
         sizes = [n / 1e6 for n in (t.forward, t.backward, t.projector, t.total)]
         places = [place + (index - (len(runs) - 1) / 2) * width for place in range(len(groups))]

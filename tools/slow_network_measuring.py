@@ -17,9 +17,10 @@ from mapl.files import TRAFFIC_FILE
 from report import ReportError, load
 from shaped_hosts import ShapedHosts
 from slow_network_goodput import goodput
-from slow_network_job import Course, JobError, Place, Training, parse_step
+from slow_network_job import Course, JobError, Place, Training
 from slow_network_progress import Progress
 from slow_network_results import Results, Timing, Traffic
+from training_log import parse_step
 
 
 class Measuring:
