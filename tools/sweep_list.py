@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of a sweep: a TOML file of settings, read and checked before anything runs.
 
-save_interval = 200            # steps between checkpoints, from which a stopped run goes on
-keep_checkpoints = false       # of runs that are finished
-processes = 1                  # of each run; more are started with torchrun
-[model]
-flags = "--num-layers 12 ..."  # of Megatron, for all runs; so are those of
-[training]
-flags = "--train-iters 1600 ..."
-[data]                         # left out: those of a dataset of prepare_data.py
-flags = "--train-data-path {data}_train ..."
-[[run]]
-name = "r96"                   # of its folder and in the tables
-flags = "--mapl-rank 96 ..."   # without --mapl-rank: the run that others are compared with
-seeds = [1234, 1235]           # a run for each; left out: one, with Megatron's own
-label = "r = d/8"              # in the pictures; left out: the name
-group = "rank"                 # settings of a group have one colour
-train_iters = 400              # in place of --train-iters
+    save_interval = 200            # steps between checkpoints, from which a stopped run goes on
+    keep_checkpoints = false       # of runs that are finished
+    processes = 1                  # of each run; more are started with torchrun
+    [model]
+    flags = "--num-layers 12 ..."  # of Megatron, for all runs; so are those of
+    [training]
+    flags = "--train-iters 1600 ..."
+    [data]                         # left out: those of a dataset of prepare_data.py
+    flags = "--train-data-path {data}_train ..."
+    [mapl]
+    flags = "--mapl-virtual-stages 4"  # for the runs with --mapl-rank alone
+    [[run]]
+    name = "r96"                   # of its folder and in the tables
+    flags = "--mapl-rank 96 ..."   # without --mapl-rank: the run that others are compared with
+    seeds = [1234, 1235]           # a run for each; left out: one, with Megatron's own
+    label = "r = d/8"              # in the pictures; left out: the name
+    group = "rank"                 # settings of a group have one colour
+    train_iters = 400              # in place of --train-iters
+
+All but runs, with a name each, may be left out. Of a flag that stands there twice the last holds.
 """
 
 import re
@@ -33,7 +37,16 @@ from training_data import DATA_FLAGS, fill_in
 #: Megatron's own.
 SEED = 1234
 
-_KEYS = {"save_interval", "keep_checkpoints", "processes", "model", "training", "data", "run"}
+_KEYS = {
+    "save_interval",
+    "keep_checkpoints",
+    "processes",
+    "model",
+    "training",
+    "data",
+    "mapl",
+    "run",
+}
 _RUN_KEYS = {"name", "flags", "seeds", "label", "group", "train_iters"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -149,11 +162,12 @@ class _Reader:
             for table in ("model", "training", "data")
             for word in self._common_flags(table, content.get(table))
         ]
+        compressed = self._common_flags("mapl", content.get("mapl"))
         entries = self._typed("the list", content, "run", list, [])
         if not entries:
             self._fail("the list", "it has no run; add a [[run]] with name and flags")
         runs = [run for number, entry in enumerate(entries, 1)
-                for run in self._runs(number, entry, common)]  # fmt: skip
+                for run in self._runs(number, entry, common, compressed)]  # fmt: skip
         self._check_names(runs)
         self._check_baselines(runs)
         return SweepList(
@@ -174,7 +188,7 @@ class _Reader:
         self._check_keys(where, content, {"flags"})
         return self._flags(where, content)
 
-    def _runs(self, number: int, entry: Any, common: list[str]) -> list[Run]:
+    def _runs(self, number: int, entry: Any, common: list[str], compressed: list[str]) -> list[Run]:
         where = f"[[run]] number {number}"
         if not isinstance(entry, dict):
             self._fail(where, "it must be a table with name and flags in it")
@@ -189,7 +203,11 @@ class _Reader:
             self._fail(where, "--train-iters stands among its flags; set train_iters there")
         if "train_iters" in entry:
             own += ["--train-iters", str(self._positive(where, entry, "train_iters", 1))]
-        flags = [*common, *own]
+        if flag_value(common, "--mapl-rank") is not None:
+            self._fail("the list", "--mapl-rank stands among the flags of all runs, so that none "
+                       "is uncompressed; put it into those of each [[run]]")  # fmt: skip
+        compresses = flag_value(own, "--mapl-rank") is not None
+        flags = [*common, *(compressed if compresses else []), *own]
         steps = self._number(where, flags, "--train-iters")
         tokens = self._number(where, flags, "--global-batch-size")
         tokens *= self._number(where, flags, "--seq-length")
