@@ -36,12 +36,17 @@ def main() -> None:
     if args.load:
         step = first = int((args.load / "latest_checkpointed_iteration.txt").read_text())
     say(f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}, from step {step}")
+    say("[before the start of training step] datetime: 2026-01-01 00:00:00")
+    kept = 0.0
     while step < args.train_iters:
         step += 1
         time.sleep(args.fake_seconds)
         loss = 10 / step + args.seed / 1e5 - (args.mapl_rank or 100) / 1e3
+        # As Megatron does, which counts the first step again into the next line.
+        mean = (kept + loss) / 2 if step == first + 2 else loss
+        kept = loss
         say(f" iteration {step:8}/{args.train_iters:8} | elapsed time per iteration (ms): 20.0 | "
-            f"lm loss: {loss:.6E} | skipped: 0")  # fmt: skip
+            f"lm loss: {mean:.6E} | skipped: 0")  # fmt: skip
         mark = args.save / f"crashed-{args.fake_crash}"
         if step == args.fake_crash and not mark.exists():
             mark.parent.mkdir(exist_ok=True)

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +140,6 @@ def test_a_list_or_a_name_that_is_not_there(
     assert "has no run of that name; it has plain" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["english", "source"])
-def test_the_lists_of_the_repository(tmp_path: Path, name: str) -> None:
-    """Flags that Megatron and MAPL do not know, or refuse, would end each run at its start."""
-    from megatron.core.optimizer import OptimizerConfig  # noqa: F401
-
-    (tmp_path / "data.json").write_text("{}")
-    plan = sweep_list.read(TOOLS / "sweeps" / f"{name}.toml", tmp_path / "data")
-    assert {run.tokens_per_step for run in plan.runs} == {65536}
-    assert sum(run.uncompressed for run in plan.runs) == 2
-
-
 # Runs
 
 
@@ -242,14 +231,12 @@ def test_report_only_runs_nothing_and_needs_no_dataset(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "plain").exists()
 
 
-SLOW = RANK.replace("rank 16", "rank 16 --fake-seconds 0.15")
+SLOW = RANK.replace("rank 16", "rank 16 --fake-seconds 0.2")
 
 
 def test_seconds_stop_and_the_next_call_goes_on(tmp_path: Path) -> None:
     write(tmp_path, SLOW, PLAIN)
-    assert call(tmp_path, "--seconds", "0.9") == 3
-    first = steps(tmp_path, "r16")
-    assert 0 < len(first) < 10
+    assert call(tmp_path, "--seconds", "1") == 3  # of 2 s and a start
     assert rows(tmp_path)["r16", 1234]["state"] == "not finished"
     assert rows(tmp_path)["plain", 1234]["state"] == "not started"
     assert call(tmp_path) == 0
@@ -283,11 +270,21 @@ def test_workers_have_a_gpu_each_and_all_are_stopped(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     write(tmp_path, SLOW, SLOW.replace("16", "24"), PLAIN)
-    assert call(tmp_path, "--workers", "2", "--seconds", "1") == 3
-    logs = [(tmp_path / "out" / name / "log.txt").read_text() for name in ("r16", "r24")]
-    assert ["GPU 4," in logs[0], "GPU 7," in logs[1]] == [True, True]
-    assert all("exiting program" in log for log in logs)
+    logs = [tmp_path / "out" / name / "log.txt" for name in ("r16", "r24")]
+
+    def interrupt() -> None:
+        wait_for(lambda: all(log.exists() and "        1/" in log.read_text() for log in logs))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert call(tmp_path, "--workers", "2") == 3
+    thread.join()
+    for log, gpu in zip(logs, (4, 7), strict=True):
+        assert f"GPU {gpu}," in log.read_text() and "exiting program" in log.read_text()
+    assert not (tmp_path / "out" / "plain").exists()
     assert call(tmp_path, "--workers", "2") == 0
+    assert steps(tmp_path, "r16") == steps(tmp_path, "r24") == list(range(1, 11))
 
 
 def test_workers_need_as_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,14 +389,39 @@ def test_different_lengths_and_lost_reports_are_told() -> None:
     assert "c (7 of 10 tokens)" in text
 
 
-def test_the_last_line_of_a_step_wins() -> None:
-    line = "iteration {:4}/ 9 | elapsed time per iteration (ms): {} | lm loss: {} |"
+def line(number: int, seconds: float, loss: float) -> str:
+    """Of Megatron's log."""
+    time = f"elapsed time per iteration (ms): {seconds * 1e3}"
+    return f"iteration {number:4}/ 9 | {time} | lm loss: {loss} |"
+
+
+START = "[before the start of training step] datetime: 2026-01-01"
+
+
+def test_the_first_step_is_taken_out_of_the_means_that_have_it_too() -> None:
+    """Each second step, say, is logged: Megatron logs 1, then the means of 1 and 2, of 3 and 4."""
+    log = TrainingLog.of([START, line(1, 9.0, 5.0), line(2, 5.0, 4.5), line(4, 2.0, 3.5)])
+    assert log.losses == [(1, 5.0), (2, 4.0), (4, 3.5)]
+    assert log.seconds == pytest.approx(9 + 1 + 2 * 2)
+    assert log.median_step == 2.0
+
+
+def test_a_resumed_run_takes_the_place_of_what_it_repeats() -> None:
+    validation = " validation loss at iteration {} | lm loss value: {} | x"
     log = TrainingLog.of(
-        [line.format(2, 1000, 5.0), line.format(4, 2000, 4.0), line.format(4, 3000, "NAN"),
-         " validation loss at iteration 4 | lm loss value: 4.5 | x",
+        [START, line(1, 1, 5), line(2, 1, 5), line(4, 1, 4), validation.format(4, 4.5),
+         line(6, 1, 9), validation.format(6, 9), START, line(6, 2, 3), line(8, 2, 3)]
+    )  # fmt: skip
+    assert log.losses == [(1, 5), (2, 5), (4, 4), (6, 3), (8, 3)]
+    assert log.validations == [(4, 4.5)]
+    assert log.seconds == pytest.approx((4 * 1 + 3 * 2) / 7 * 8)  # nothing was logged of step 5
+
+
+def test_the_evaluation_at_the_end_is_told_from_others() -> None:
+    log = TrainingLog.of(
+        [START, line(4, 1, 5), " validation loss at iteration 4 | lm loss value: 4.5 | x",
          " validation loss at iteration 4 on test set | lm loss value: 9 | x"]
     )  # fmt: skip
-    assert log.seconds == 2 * 1 + 2 * 3 and log.finished is None
-    assert log.validations == [(4, 4.5)] and log.losses[-1][1] != log.losses[-1][1]
+    assert log.finished is None and log.validations == [(4, 4.5)]
     log.read(" validation loss at iteration 4 on validation set | lm loss value: 4.4 | x")
     assert log.finished == 4 and log.validations == [(4, 4.4)]
