@@ -12,6 +12,20 @@ from figures import COLOURS, save
 from report import smoothed
 from sweep_results import Row, front, means
 
+_MARKERS = ("o", "s", "^", "D")
+
+
+def _group(row: Row) -> str:
+    """What is drawn alike: settings of one group, and what the others are compared with."""
+    return "uncompressed" if row.uncompressed else row.group or "compressed"
+
+
+def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each group; black for what the others are compared with."""
+    groups = dict.fromkeys(_group(row) for row in rows if not row.uncompressed)
+    looks = ((colour, marker) for marker in _MARKERS for colour in COLOURS[:-1])
+    return {"uncompressed": (COLOURS[-1], "o"), **dict(zip(groups, looks, strict=False))}
+
 
 def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
     """Gap against ratio, a panel for each length of training.
@@ -33,21 +47,18 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
-    groups = sorted({row.group for row in rows}, key=[row.group for row in rows].index)
-    colours = dict(zip(groups, itertools.cycle(COLOURS[:-1]), strict=False))
-    for group, colour in colours.items():
-        own = [row for row in rows if row.group == group]
-        spreads = [row.gap_spread or 0.0 for row in own]
+    for group, (colour, marker) in _looks(rows).items():
+        own = [row for row in rows if _group(row) == group]
         axes.errorbar(
-            [row.ratio for row in own], [row.gap for row in own], yerr=spreads, fmt="o",
-            color=colour, markersize=7, markeredgecolor="white", elinewidth=1.5,
-            label=group or None,
+            [row.ratio for row in own], [row.gap for row in own],
+            yerr=[row.gap_spread or 0.0 for row in own], fmt=marker, color=colour, markersize=7,
+            markeredgecolor="white", elinewidth=1.5, label=group,
         )  # fmt: skip
     # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
     best = front(rows)
     axes.plot(
         [row.ratio for row in best], [row.gap for row in best], drawstyle="steps-pre",
-        color=COLOURS[-1], alpha=0.5, linewidth=1.2, zorder=1, label="front",
+        color="grey", linewidth=1.2, zorder=1, label="front",
     )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
@@ -64,22 +75,23 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
     axes.margins(y=0.1)
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, loc="upper left")
-    _label(figure, axes, rows, colours)
+    _label(figure, axes, rows)
 
 
-def _label(figure: Any, axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     """Names each point, in the place around it where it covers fewest others."""
     figure.canvas.draw()
     places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"),
               (0, 12, "center"), (0, -20, "center")]  # fmt: skip
     taken = [axes.transData.transform((row.ratio, row.gap)) for row in rows]
     boxes: list[Any] = []
+    looks = _looks(rows)
     for row in rows:
         tries: list[tuple[int, int, Any, Any]] = []
         for x, y, side in places:
             text = axes.annotate(
                 row.label, (row.ratio, row.gap), (x, y), textcoords="offset points", ha=side,
-                fontsize=8.5, color=colours[row.group],
+                fontsize=8.5, color=looks[_group(row)][0],
             )  # fmt: skip
             box = text.get_window_extent()
             covered = sum(box.overlaps(other) for other in boxes)
@@ -94,35 +106,40 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], colours: dict[str, str])
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:
-    """Training loss of all finished runs.
+    """Training loss of the finished runs, of each setting its first seed.
 
     Returns:
         False if none has finished.
     """
-    runs = [row for row in rows if row.curve]
+    runs = list({row.setting: row for row in reversed(rows) if row.curve}.values())[::-1]
     if not runs:
         return False
 
     def fill(_: Any, panels: list[Any]) -> None:
-        (axes,) = panels
-        looks = itertools.product(("-", "--", ":", "-."), COLOURS)
-        for row, (line, colour) in zip(runs, looks, strict=False):
-            tokens, losses = zip(*row.curve, strict=True)
-            axes.plot(
-                [n / 1e6 for n in tokens], smoothed(losses), line, color=colour, linewidth=1.2,
-                label=f"{row.label}, seed {row.seed}: {row.loss:.4f}",
-            )  # fmt: skip
-        axes.set(
-            title="Training loss (mean of 5 log entries); with the validation loss at the end",
-            xlabel="tokens (millions)",
-            ylabel="cross-entropy (nats per token)",
-        )
-        if min(loss for row in runs for _, loss in row.curve) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.grid(axis="y", alpha=0.25, which="both")
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        _draw_losses(panels[0], runs)
 
     save(path, 1, (12.5, 6.5), fill)
     return True
+
+
+def _draw_losses(axes: Any, runs: Sequence[Row]) -> None:
+    looks = _looks(runs)
+    lines = {group: itertools.cycle(("-", "--", ":", "-.")) for group in looks}
+    late = []
+    for row in runs:
+        tokens, losses = zip(*row.curve, strict=True)
+        smooth = smoothed(losses)
+        late += smooth[len(smooth) // 10 :]
+        axes.plot(
+            [n / 1e6 for n in tokens], smooth, next(lines[_group(row)]),
+            color=looks[_group(row)][0], linewidth=1.3, label=f"{row.label}: {row.loss:.4f}",
+        )  # fmt: skip
+    margin = 0.03 * (max(late) - min(late)) + 1e-3
+    axes.set(
+        title="Training loss (mean of 5 log entries), and validation loss at the end",
+        xlabel="tokens (millions)",
+        ylabel="cross-entropy (nats per token)",
+        ylim=(min(late) - margin, max(late) + margin),  # the first tenth would flatten the rest
+    )
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
