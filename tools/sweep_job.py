@@ -196,6 +196,8 @@ class Job:
         folder = self.folder
         own = ["--exit-signal-handler", "--save", str(folder.checkpoint)]
         own += ["--save-interval", str(self._sweep.save_interval)]
+        # Of no checkpoint's number: Megatron deletes each once it has written the next.
+        own += ["--save-retain-interval", str(self._sweep.save_interval * folder.run.steps)]
         if (folder.checkpoint / "latest_checkpointed_iteration.txt").exists():
             own += ["--load", str(folder.checkpoint)]
         if not folder.run.uncompressed:  # plain Megatron counts nothing

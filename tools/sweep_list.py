@@ -55,6 +55,7 @@ _OWN = {
     "--save": "each run has its own folder",
     "--load": "each run has its own folder",
     "--save-interval": "set save_interval",
+    "--save-retain-interval": "the last checkpoint alone is kept",
     "--mapl-report-dir": "each run has its own folder",
     "--exit-signal-handler": "the sweep gives it",
     "--seed": "set seeds",

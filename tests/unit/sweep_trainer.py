@@ -16,7 +16,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("--train-iters", "--seed", "--save-interval"):
+    for flag in ("--train-iters", "--seed", "--save-interval", "--save-retain-interval"):
         parser.add_argument(flag, type=int, required=True)
     parser.add_argument("--mapl-rank", type=int)
     for flag in ("--save", "--load", "--mapl-report-dir"):
