@@ -4,7 +4,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import FrameType
 
 from sweep_job import Job, RunFolder
@@ -13,6 +13,9 @@ from training_progress import Progress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PAUSE = 0.1  # seconds between two looks at the jobs
+
+#: What Megatron's index of a dataset depends on: the seed, and how many samples there will be.
+Samples = tuple[int, int]
 
 
 class Stopping:
@@ -82,18 +85,24 @@ def run_all(
     places = devices(workers, sweep.processes)
     waiting = list(folders)
     running: dict[int, tuple[Job, Progress]] = {}
+    indexed: set[Samples] = set()
     with Stopping(seconds) as stopping:
         try:
             while running or (waiting and stopping.why is None):
                 for worker in range(workers):
-                    if worker not in running and waiting and stopping.why is None:
-                        if job := _start(waiting.pop(0), sweep, places[worker], workers):
-                            run = job.folder.run
-                            line = Progress(run.name, run.steps, run.tokens_per_step, worker)
-                            running[worker] = job, line
+                    if worker in running or stopping.why is not None:
+                        continue
+                    folder = take_next(
+                        waiting, [job.folder for job, _ in running.values()], indexed
+                    )
+                    if folder and (job := _start(folder, sweep, places[worker], workers)):
+                        run = folder.run
+                        line = Progress(run.name, run.steps, run.tokens_per_step, worker)
+                        running[worker] = job, line
                 for worker, (job, line) in list(running.items()):
                     ended = job.ended  # asked before its last lines are read
-                    _follow(job, line)
+                    if _follow(job, line):
+                        indexed.add(_samples(job.folder))
                     if ended:
                         del running[worker]
                         line.close()
@@ -111,6 +120,29 @@ def run_all(
                 job.kill()
 
 
+def _samples(folder: RunFolder) -> Samples:
+    return folder.run.seed, folder.run.tokens
+
+
+def take_next(
+    waiting: list[RunFolder], running: Sequence[RunFolder], indexed: Collection[Samples]
+) -> RunFolder | None:
+    """Takes the next run out of those that wait, or none for the moment.
+
+    Jobs that start together would write one index of the dataset at once, and read it half written:
+    the first one is let come to a step before others with the same index start.
+
+    Args:
+        indexed: of which a job has come to a step.
+    """
+    indexing = {_samples(folder) for folder in running}.difference(indexed)
+    for folder in waiting:
+        if _samples(folder) not in indexing:
+            waiting.remove(folder)
+            return folder
+    return None
+
+
 def _start(folder: RunFolder, sweep: SweepList, devices: str | None, workers: int) -> Job | None:
     """None if another call has trained it in the meantime, or is training it."""
     if folder.result is not None:
@@ -122,10 +154,14 @@ def _start(folder: RunFolder, sweep: SweepList, devices: str | None, workers: in
         return None
 
 
-def _follow(job: Job, line: Progress) -> None:
+def _follow(job: Job, line: Progress) -> bool:
+    """Whether it has come to a step."""
+    stepped = False
     for text in job.lines():
         if step := job.seen.read(text):
             line.step(step)
+            stepped = True
+    return stepped
 
 
 def _say_what_became(folder: RunFolder) -> None:

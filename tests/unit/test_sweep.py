@@ -19,7 +19,7 @@ import sweep_list
 from sweep_job import Job, RunFolder
 from sweep_list import SweepError, flag_value
 from sweep_results import Row, front, means
-from sweep_runner import devices
+from sweep_runner import devices, take_next
 from sweep_tables import page
 from sweep_traffic import TokenTraffic, token_traffic
 from training_log import TrainingLog
@@ -295,6 +295,19 @@ def test_workers_need_as_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         devices(2, 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert devices(2, 2) == ["0,1", "2,3"]
+
+
+def test_no_two_jobs_index_the_same_samples_at_once(tmp_path: Path) -> None:
+    seeds = "seeds = [1, 2]\n"
+    plan = sweep_list.read(write(tmp_path, PLAIN + seeds, RANK + seeds), None)
+    waiting = [RunFolder(run, tmp_path) for run in plan.runs]
+    first, second, third, fourth = waiting
+    assert take_next(waiting, [], ()) is first
+    assert take_next(waiting, [first], ()) is second
+    assert take_next(waiting, [first, second], ()) is None
+    assert take_next(waiting, [first, second], {(2, 80)}) is fourth
+    assert take_next(waiting, [second, fourth], {(2, 80)}) is third  # the first one is over
+    assert waiting == []
 
 
 def test_a_run_is_not_trained_twice_at_once(
