@@ -65,11 +65,13 @@ def result(folder: Path, name: str) -> dict[str, Any]:
 def test_a_stopped_sweep_comes_to_the_same(tmp_path: Path) -> None:
     (tmp_path / "list.toml").write_text(LIST)
     finish(start(tmp_path, "straight"), 0)
-    folder = tmp_path / "stopped" / "int8"
-    stop_in(start(tmp_path, "stopped"), folder / "log.txt")  # the other run wherever it is
-    log = (folder / "log.txt").read_text()
-    assert "exiting program after receiving SIGTERM" in log and "iteration       20/" not in log
-    assert len(list((folder / "checkpoint").glob("iter_*"))) == 1
+    for name in ("uncompressed", "int8"):
+        folder = tmp_path / "stopped" / name
+        stop_in(start(tmp_path, "stopped"), folder / "log.txt")
+        log = (folder / "log.txt").read_text()
+        assert "exiting program after receiving SIGTERM" in log
+        assert "iteration       20/" not in log
+        assert len(list((folder / "checkpoint").glob("iter_*"))) == 1
     finish(start(tmp_path, "stopped"), 0)
     for name in ("uncompressed", "int8"):
         straight, stopped = (result(tmp_path / way, name) for way in ("straight", "stopped"))
