@@ -11,26 +11,22 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
-from tqdm import tqdm
-
 from mapl.files import write_atomically
-from report import Curve, Run, Traffic, draw, load, smoothed, table
+from report import Run, Traffic, draw, load, smoothed, table
+from training_data import DATA_FLAGS, fill_in
+from training_log import TrainingLog, reason
+from training_process import ROOT, environment, stop
+from training_progress import Progress, clock
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = 4
 SEQUENCE = 256
 SAMPLES = 16  # a step
@@ -49,11 +45,6 @@ TRAINING = (
 )
 # A rank below 256 / 8: token ids, headers and the projector exchange count as well.
 MAPL = "--mapl-rank 28"
-
-_STEP = re.compile(
-    r"iteration\s+(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: ([-+.\dEe]+)"
-)
-_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*?\| lm loss value: ([-+.\dEe]+)")
 
 
 class DemoError(RuntimeError):
@@ -89,7 +80,7 @@ def demo(output: Path, steps: int, settings: Sequence[str]) -> None:
     bytes_of_plain = runs[0].uncompressed
     plain = dataclasses.replace(plain, traffic=bytes_of_plain, uncompressed=bytes_of_plain)
     publish(plain, runs, flags, settings, output)
-    print(f"The demo took {_clock(time.monotonic() - start)}.")
+    print(f"The demo took {clock(time.monotonic() - start)}.")
 
 
 def prepare(prefix: Path) -> list[str]:
@@ -101,14 +92,7 @@ def prepare(prefix: Path) -> list[str]:
     command += ["--valid-fraction", "0.02", "--overwrite"]
     if subprocess.run(command).returncode:
         raise DemoError(f"preparing the corpus failed, as said above: {shlex.join(command)}")
-    manifest = prefix.with_name(prefix.name + ".json").read_bytes()
-    # Megatron's own cache of an older dataset would be taken for this one's.
-    cache = prefix.with_name("cache-" + hashlib.sha256(manifest).hexdigest()[:12])
-    return [
-        *("--train-data-path", f"{prefix}_train", "--valid-data-path", f"{prefix}_valid"),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"),
-        *("--data-cache-path", str(cache)),
-    ]
+    return fill_in(DATA_FLAGS.split(), prefix)
 
 
 def train(name: str, flags: Sequence[str], steps: int, log: Path) -> Run:
@@ -121,58 +105,19 @@ def train(name: str, flags: Sequence[str], steps: int, log: Path) -> Run:
     command += ["--nproc-per-node", str(STAGES), str(ROOT / "pretrain_gpt.py"), *flags]
     print(f"\nTraining {name}: {steps} steps of {SAMPLES * SEQUENCE:,} tokens, "
           f"{STAGES} processes (log: {log})", flush=True)  # fmt: skip
-    losses: Curve = []
-    validation: dict[int, float] = {}
-    milliseconds: list[float] = []
-    with Progress(name, steps) as progress:
+    seen = TrainingLog()
+    with Progress(name, steps, SAMPLES * SEQUENCE) as progress:
 
         def follow(line: str) -> None:
-            if found := _STEP.search(line):
-                losses.append((int(found[1]), float(found[3])))
-                milliseconds.append(float(found[2]))
-                progress.step(losses[-1][1])
-            elif found := _VALIDATION.search(line):
-                validation[int(found[1])] = float(found[2])
+            if step := seen.read(line):
+                progress.step(step)
 
         run_job(command, log, follow)
-    if len(losses) != steps or steps not in validation:
-        raise DemoError(f"the log shows {len(losses)} of {steps} steps, or no last validation "
+    if len(seen.steps) != steps or seen.finished != steps:
+        raise DemoError(f"the log shows {len(seen.steps)} of {steps} steps, or no last validation "
                         f"loss; see {log}")  # fmt: skip
     nothing = Traffic(0, 0)
-    seconds = sum(milliseconds) / 1000
-    return Run(name, losses, sorted(validation.items()), nothing, nothing, seconds)
-
-
-class Progress:
-    """One line that is redrawn on a terminal, ten lines a run elsewhere."""
-
-    def __init__(self, name: str, steps: int) -> None:
-        self._name, self._steps = name, steps
-        self._done = 0
-        self._bar = tqdm(total=steps, desc=f"{name} (starting)", unit="step", disable=None)
-        self._start = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def step(self, loss: float) -> None:
-        """One more step is done."""
-        self._done += 1
-        if self._done == 1:  # the start-up, and a first step that is slower, are no measure
-            self._start = time.monotonic()
-            self._bar.set_description(self._name)
-            self._bar.unpause()
-        elapsed = time.monotonic() - self._start
-        speed = f"{(self._done - 1) * SAMPLES * SEQUENCE / max(elapsed, 1e-9):,.0f} tokens/s"
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
-        self._bar.update()
-        if self._bar.disable and self._done > 1 and self._done % max(1, self._steps // 10) == 0:
-            left = elapsed / max(1, self._done - 1) * (self._steps - self._done)
-            print(f"  step {self._done}/{self._steps}, loss {loss:.3f}, {speed}, "
-                  f"{_clock(left)} left", flush=True)  # fmt: skip
+    return Run(name, seen.losses, seen.validations, nothing, nothing, seen.seconds)
 
 
 def run_job(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -> None:
@@ -181,18 +126,13 @@ def run_job(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -
     Raises:
         DemoError: it failed; the message has the end of its log.
     """
-    cores = len(os.sched_getaffinity(0))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, cores // STAGES)),
-        "CUDA_VISIBLE_DEVICES": "",  # there may be GPUs, but hardly one for each stage
-    }
-    environment.pop("PYTHONUNBUFFERED", None)  # it would tear lines of four processes apart
+    # There may be GPUs, but hardly one for each stage.
+    variables = {**environment(STAGES), "CUDA_VISIBLE_DEVICES": ""}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         # A group of its own: Ctrl-C reaches this process alone, which then ends the job in order.
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
@@ -203,35 +143,9 @@ def run_job(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -
                 on_line(line)
             code = process.wait()
         finally:
-            _stop(process)
+            stop(process)
     if code:
-        raise DemoError(f"the training ended with exit code {code}; from {log}:\n{_reason(log)}")
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is not None:
-        return
-    family = []
-    with suppress(psutil.NoSuchProcess):
-        torchrun = psutil.Process(process.pid)
-        family = [*torchrun.children(recursive=True), torchrun]
-    try:
-        process.terminate()  # torchrun ends its workers, each of which is in a session of its own
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-    finally:
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-
-
-def _reason(log: Path, count: int = 40) -> str:
-    """The part of a log that says why: from the first error on, else its end."""
-    lines = log.read_text(errors="replace").splitlines()
-    errors = (n for n, line in enumerate(lines) if re.search(r"Traceback|[Ee]rror: ", line))
-    first = next(errors, max(0, len(lines) - count))
-    return "\n".join(lines[first : first + count])
+        raise DemoError(f"the training ended with exit code {code}; from {log}:\n{reason(log)}")
 
 
 def publish(
@@ -270,10 +184,6 @@ def publish(
     data = {**figures, "runs": [{**dataclasses.asdict(run), "ratio": run.ratio} for run in runs]}
     write_atomically(output / "demo.json", (json.dumps(data, indent=2) + "\n").encode())
     print(f"Written: {output / 'demo.png'}, demo.md and demo.json beside it.")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import report_geometry
+from figures import COLOURS, save
 from mapl.files import METRICS_FILE, TRAFFIC_FILE
 from mapl.traffic import KINDS
-from report_files import COLOURS, ReportError, metrics_lines, picture
+from report_files import ReportError, metrics_lines
+from text_table import columns
 
 # (step, loss)
 Curve = list[tuple[int, float]]
@@ -124,10 +126,11 @@ def _losses(path: Path) -> Curve:
 
 def table(runs: Sequence[Run], *, markdown: bool = False) -> str:
     """The runs as aligned text, or as a Markdown table. MB is 10⁶ bytes."""
-    rows = [
-        ["run", "training loss", "validation loss", "forward MB", "backward MB", "projector MB",
-         "total MB", "ratio", "training s", "communicating s"]
-    ]  # fmt: skip
+    names = [
+        *("run", "training loss", "validation loss", "forward MB", "backward MB", "projector MB"),
+        *("total MB", "ratio", "training s", "communicating s"),
+    ]
+    rows = []
     for run in runs:
         losses = smoothed([loss for _, loss in run.losses])
         t = run.traffic
@@ -142,19 +145,7 @@ def table(runs: Sequence[Run], *, markdown: bool = False) -> str:
                 "–" if run.communicating is None else f"{run.communicating:.0f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    if markdown:
-        rule = [rule[0], *(dashes[:-1] + ":" for dashes in rule[1:])]
-    lines = []
-    for row in (rows[0], rule, *rows[1:]):
-        first, *others = (
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        cells = [first, *others]
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells))
-    return "\n".join(lines)
+    return columns(names, rows, markdown=markdown)
 
 
 def smoothed(values: Sequence[float], window: int = 5) -> list[float]:
@@ -165,10 +156,12 @@ def smoothed(values: Sequence[float], window: int = 5) -> list[float]:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Losses on the left, traffic on the right, written whole or not at all."""
-    with picture(path, figsize=(12.5, 5)) as figure:
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, runs)
-        _draw_traffic(right, runs)
+
+    def fill(_: Any, panels: list[Any]) -> None:
+        _draw_losses(panels[0], runs)
+        _draw_traffic(panels[1], runs)
+
+    save(path, 2, (12.5, 5), fill)
 
 
 def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:

@@ -1,19 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What report.py's pictures share: reading lines of metrics, colours, and saving a picture."""
+"""Reading run reports."""
 
-import io
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-from mapl.files import write_atomically
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class ReportError(ValueError):
@@ -36,26 +26,3 @@ def metrics_lines(path: Path) -> list[dict[str, Any]]:
                 raise
             break  # a run that goes on, or was killed, may be in the middle of its last line
     return entries
-
-
-@contextmanager
-def picture(path: Path, *, figsize: tuple[float, float]) -> Generator[Any]:
-    """A figure of Matplotlib to draw in, then written as PNG, whole or not at all.
-
-    Args:
-        path: of the PNG; its folder is made.
-        figsize: inches, at 150 dots each.
-    """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-    with pyplot.rc_context(style):
-        figure = pyplot.figure(figsize=figsize, layout="constrained")
-        try:
-            yield figure
-            content = io.BytesIO()
-            figure.savefig(content, format="png", dpi=150)
-        finally:
-            pyplot.close(figure)
-    write_atomically(path, content.getvalue())

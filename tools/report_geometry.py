@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from figures import COLOURS, picture
 from mapl.files import METRICS_FILE
-from report_files import COLOURS, ReportError, metrics_lines, picture
+from report_files import ReportError, metrics_lines
 
 _GREY = "#666666"
 

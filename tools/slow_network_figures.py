@@ -1,32 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the slow-network bench's results: step time, speed-up, loss against wall-clock time."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from mapl.files import write_atomically
+import figures
+from figures import save
 from slow_network_plan import UNCOMPRESSED, settings
 from slow_network_results import OF_RATIO, Results
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in print; then again, with
-# another marker. Black is for what the others are compared with.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# After the colours again, with another marker. Black is for what the others are compared with.
+_COLOURS = figures.COLOURS[:-1]
 _MARKERS = ("o", "s", "^")
 
 
 def draw(results: Results, path: Path) -> None:
     """Three panels, written whole or not at all."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     looks = _looks(results)
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-    with pyplot.rc_context(style):
-        figure, panels = pyplot.subplots(1, 3, figsize=(18, 5.6), layout="constrained")
+
+    def fill(figure: Any, panels: list[Any]) -> None:
         _draw_steps(panels[0], results, looks)
         _draw_speed_up(panels[1], results, looks)
         _draw_curves(panels[2], results, looks)
@@ -34,10 +28,8 @@ def draw(results: Results, path: Path) -> None:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=min(9, len(labels)), frameon=False
         )
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
+
+    save(path, 3, (18, 5.6), fill)
 
 
 def _looks(results: Results) -> dict[str, dict[str, Any]]:

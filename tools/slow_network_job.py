@@ -5,7 +5,6 @@ The bandwidth of the links changes while it runs, from one phase to the next.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,15 +16,12 @@ from pathlib import Path
 from typing import IO
 
 from slow_network_plan import Phase
+from training_log import Step, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # No step takes this long, nor does the start or the end.
 _STALLED = 600.0
-
-_STEP = re.compile(
-    r"iteration\s+(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: (\S+)"
-)
 
 
 class JobError(RuntimeError):
@@ -36,15 +32,6 @@ class JobError(RuntimeError):
         """What failed, and the first error that the log names, in one line."""
         first, *log = str(self).splitlines()
         return " ".join([first, *[line.strip() for line in log if "rror: " in line][:1]])
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step as the log has it."""
-
-    number: int
-    seconds: float
-    loss: float
 
 
 @dataclass
@@ -100,12 +87,6 @@ class Course:
         self.steps.append([])
         self._in_phase = 0
         return True
-
-
-def parse_step(line: str) -> Step | None:
-    """The step that a line of Megatron's log reports."""
-    found = _STEP.search(line)
-    return Step(int(found[1]), float(found[2]) / 1000, float(found[3])) if found else None
 
 
 @dataclass(frozen=True)
@@ -218,12 +199,4 @@ class Training:
 
     def _failure(self, stage: int, what: str) -> JobError:
         log = self._logs[stage]
-        return JobError(f"stage {stage} {what}; from {log}:\n{_reason(log)}")
-
-
-def _reason(log: Path, count: int = 30) -> str:
-    """The part of a log that says why: from the first traceback or error on, else its end."""
-    lines = log.read_text(errors="replace").splitlines()
-    signs = [n for n, line in enumerate(lines) if re.search(r"Traceback|[Ee]rror: ", line)]
-    first = signs[0] if signs else max(0, len(lines) - count)
-    return "\n".join(lines[first : first + count])
+        return JobError(f"stage {stage} {what}; from {log}:\n{reason(log, 30)}")

@@ -18,9 +18,10 @@ from report import load
 from report_files import ReportError
 from shaped_hosts import ShapedHosts
 from slow_network_goodput import goodput
-from slow_network_job import Course, JobError, Place, Training, parse_step
+from slow_network_job import Course, JobError, Place, Training
 from slow_network_progress import Progress
 from slow_network_results import Results, Timing, Traffic
+from training_log import parse_step
 
 
 class Measuring:

@@ -14,6 +14,7 @@ from slow_network_results import (
     hiding,
     wire_share,
 )
+from text_table import columns
 
 # The share of the processors that nobody misses; the kernel's networking takes a part of it.
 _QUIET = 0.1
@@ -70,23 +71,6 @@ def _caveats(results: Results) -> list[str]:
             f"it need: {', '.join(disturbed)}."
         )
     return caveats
-
-
-def columns(names: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [names, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    if markdown:
-        rule = [rule[0], *(dashes[:-1] + ":" for dashes in rule[1:])]
-    text = []
-    for line in (names, rule, *rows):
-        cells = [
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells))
-    return "\n".join(text)
 
 
 def _table(rows: Sequence[Row], markdown: bool) -> str:

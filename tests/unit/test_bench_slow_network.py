@@ -21,9 +21,10 @@ from mapl.config import MaplConfig
 from shaped_hosts import NetworkError, ShapedHosts, check_machine
 from slow_network_figures import draw
 from slow_network_goodput import goodput
-from slow_network_job import Course, JobError, Place, Step, Training, parse_step
+from slow_network_job import Course, JobError, Place, Training
 from slow_network_results import Results, Timing, Traffic, agreement, hiding, wire_share
 from slow_network_tables import page
+from training_log import Step, parse_step
 
 LINE = (
     " [2026-01-01 00:00:00.0] iteration        7/    5000 | consumed samples:          168 | "

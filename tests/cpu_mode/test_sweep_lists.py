@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lists of tools/sweeps: Megatron and MAPL take the flags of every run in them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.mapl import cpu
+
+cpu.install()
+
+from megatron.training.global_vars import unset_global_variables  # noqa: E402
+
+import sweep_list  # noqa: E402
+from mapl.plan import plan_boundaries  # noqa: E402
+from megatron.mapl import arguments, pretraining  # noqa: E402
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", ["english", "source"])
+def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.json").write_text("{}")
+    plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
+    assert len(plan.runs) > 20
+    for run in plan.runs:
+        more = f"--save {tmp_path} --save-interval 1 --exit-signal-handler"
+        more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *run.flags, *more.split()])
+        unset_global_variables()
+        args = pretraining._parse(cpu_mode=True)
+        assert (args.seed, args.train_iters) == (run.seed, run.steps)
+        assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
+        assert (args.lr, args.decoupled_lr) == (0.02, 0.01)
+        config = arguments.config_from_args(args)
+        assert (config is None) == run.uncompressed
+        if config is not None:
+            arguments.check_supported(args, config)
+            assert config.virtual_stages == 4
+            plan_boundaries(config, hidden_size=args.hidden_size, boundaries=3)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all pictures of the tools have in common."""
+
+import io
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from mapl.files import write_atomically
+
+#: Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+
+
+@contextmanager
+def picture(path: Path, *, figsize: tuple[float, float]) -> Generator[Any]:
+    """A figure of Matplotlib to draw in, then written as PNG, whole or not at all.
+
+    Args:
+        path: of the PNG; its folder is made.
+        figsize: inches, at 150 dots each.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(_STYLE):
+        figure = pyplot.figure(figsize=figsize, layout="constrained")
+        try:
+            yield figure
+            content = io.BytesIO()
+            figure.savefig(content, format="png", dpi=150)
+        finally:
+            pyplot.close(figure)
+    write_atomically(path, content.getvalue())
+
+
+def save(
+    path: Path, panels: int, size: tuple[float, float], draw: Callable[[Any, list[Any]], None]
+) -> None:
+    """A picture of panels side by side.
+
+    Args:
+        size: width and height, inches.
+        draw: fills the figure and its panels' axes.
+    """
+    with picture(path, figsize=size) as figure:
+        draw(figure, list(figure.subplots(1, panels, squeeze=False)[0]))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw a sweep: loss against traffic with the Pareto front, and the losses while training."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from figures import COLOURS, save
+from report import smoothed
+from sweep_results import Row, front, means
+
+_MARKERS = ("o", "s", "^", "D")
+
+
+def _group(row: Row) -> str:
+    """What is drawn alike: settings of one group, and what the others are compared with."""
+    return "uncompressed" if row.uncompressed else row.group or "compressed"
+
+
+def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each group; black for what the others are compared with."""
+    groups = dict.fromkeys(_group(row) for row in rows if not row.uncompressed)
+    looks = ((colour, marker) for marker in _MARKERS for colour in COLOURS[:-1])
+    return {"uncompressed": (COLOURS[-1], "o"), **dict(zip(groups, looks, strict=False))}
+
+
+def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
+    """Gap against ratio, a panel for each length of training.
+
+    Returns:
+        False if there is nothing to draw: no run has both a ratio and a gap.
+    """
+    points = [row for row in means(rows) if row.ratio is not None and row.gap is not None]
+    lengths = sorted({row.tokens for row in points})
+    if not lengths:
+        return False
+
+    def fill(figure: Any, panels: list[Any]) -> None:
+        for axes, tokens in zip(panels, lengths, strict=True):
+            _draw_front(figure, axes, [row for row in points if row.tokens == tokens], tokens)
+
+    save(path, len(lengths), (9.5 * len(lengths), 7), fill)
+    return True
+
+
+def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
+    for group, (colour, marker) in _looks(rows).items():
+        own = [row for row in rows if _group(row) == group]
+        axes.errorbar(
+            [row.ratio for row in own], [row.gap for row in own],
+            yerr=[row.gap_spread or 0.0 for row in own], fmt=marker, color=colour, markersize=7,
+            markeredgecolor="white", elinewidth=1.5, label=group,
+        )  # fmt: skip
+    # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
+    best = front(rows)
+    axes.plot(
+        [row.ratio for row in best], [row.gap for row in best], drawstyle="steps-pre",
+        color="grey", linewidth=1.2, zorder=1, label="front",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    ratios = [row.ratio for row in rows if row.ratio is not None]
+    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t < 2 * max(ratios)]
+    axes.set_xticks(ticks)
+    axes.set(
+        title=f"{tokens / 1e6:,.0f} M tokens",
+        xlabel="fewer bytes over the stage boundaries, all bytes of both directions",
+        ylabel="validation loss above the uncompressed run's (%)",
+        xlim=(0.85, max(2.0, max(ratios) * 1.6)),
+    )
+    axes.margins(y=0.1)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, loc="upper left")
+    _label(figure, axes, rows)
+
+
+def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
+    """Names each point, in the place around it where it covers fewest others."""
+    figure.canvas.draw()
+    places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"),
+              (0, 12, "center"), (0, -20, "center")]  # fmt: skip
+    taken = [axes.transData.transform((row.ratio, row.gap)) for row in rows]
+    boxes: list[Any] = []
+    looks = _looks(rows)
+    for row in rows:
+        tries: list[tuple[int, int, Any, Any]] = []
+        for x, y, side in places:
+            text = axes.annotate(
+                row.label, (row.ratio, row.gap), (x, y), textcoords="offset points", ha=side,
+                fontsize=8.5, color=looks[_group(row)][0],
+            )  # fmt: skip
+            box = text.get_window_extent()
+            covered = sum(box.overlaps(other) for other in boxes)
+            covered += sum(box.contains(*point) for point in taken)
+            covered += not (axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1)
+            tries.append((covered, len(tries), text, box))
+        *_, kept, box = min(tries, key=lambda found: found[:2])
+        boxes.append(box)
+        for *_, text, _ in tries:
+            if text is not kept:
+                text.remove()
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> bool:
+    """Training loss of the finished runs, of each setting its first seed.
+
+    Returns:
+        False if none has finished.
+    """
+    runs = list({row.setting: row for row in reversed(rows) if row.curve}.values())[::-1]
+    if not runs:
+        return False
+
+    def fill(_: Any, panels: list[Any]) -> None:
+        _draw_losses(panels[0], runs)
+
+    save(path, 1, (12.5, 6.5), fill)
+    return True
+
+
+def _draw_losses(axes: Any, runs: Sequence[Row]) -> None:
+    looks = _looks(runs)
+    lines = {group: itertools.cycle(("-", "--", ":", "-.")) for group in looks}
+    late = []
+    for row in runs:
+        tokens, losses = zip(*row.curve, strict=True)
+        smooth = smoothed(losses)
+        late += smooth[len(smooth) // 10 :]
+        axes.plot(
+            [n / 1e6 for n in tokens], smooth, next(lines[_group(row)]),
+            color=looks[_group(row)][0], linewidth=1.3, label=f"{row.label}: {row.loss:.4f}",
+        )  # fmt: skip
+    margin = 0.03 * (max(late) - min(late)) + 1e-3
+    axes.set(
+        title="Training loss (mean of 5 log entries), and validation loss at the end",
+        xlabel="tokens (millions)",
+        ylabel="cross-entropy (nats per token)",
+        ylim=(min(late) - margin, max(late) + margin),  # the first tenth would flatten the rest
+    )
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
