@@ -31,8 +31,8 @@ class Projector(nn.Module):
     Attributes:
         A: [d, r] fp32 parameter that no other optimizer sees (``requires_grad`` is False).
         momentum: [d, r] fp32 buffer, or None.
-        grad: [d, r] fp32, the sum of dA since ``zero_grad``, or None. Not in the state dict. A fixed
-            projector has one between ``propose`` and ``restart`` alone.
+        grad: [d, r] fp32, the sum of dA since ``zero_grad``, or None. Not in the state dict. A
+            fixed projector has one between ``propose`` and ``restart`` alone.
         skipped_steps: 0-dim int64 on A's device, steps skipped since construction. Not in the
             state dict.
         learns: whether A moves by a gradient. If not, no dA need be formed.
@@ -95,16 +95,25 @@ class Projector(nn.Module):
             a: [d, r] fp32, orthonormal columns, on the side that chooses; None, for 0, on the
                 other one.
         """
-        self.grad = torch.zeros_like(self.A) if a is None else a.contiguous()
+        if self.grad is None:
+            self.grad = torch.zeros_like(self.A)
+        self.zero_grad()
+        if a is not None:
+            self.grad.copy_(a)
 
     @torch.no_grad()
     def restart(self) -> None:
-        """A ← retract(``grad``), after :meth:`propose`; momentum and gradient begin anew."""
+        """A ← retract(``grad``), after :meth:`propose`; momentum and gradient begin anew.
+
+        A learned projector's :meth:`step` then moves A by rounding alone, and is ok.
+        """
         assert self.grad is not None, "nothing was proposed"
         self.A.copy_(retract(self.grad))
         if self.momentum is not None:
             self.momentum.zero_()
-        self.grad = torch.zeros_like(self.A) if self.learns else None
+        self.zero_grad()
+        if not self.learns:
+            self.grad = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         follow = keep_dtype(fn)

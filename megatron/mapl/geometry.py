@@ -53,7 +53,7 @@ class Probe:
         basis: torch.Tensor | None,
         a: torch.Tensor,
     ) -> None:
-        """Measures if this is the first micro-batch of a step that is due; see `geometry.measure`."""
+        """Measures the first micro-batch of a step that is due; see `geometry.measure`."""
         step = training_step()
         if step is not None and step % self._interval == 0 and step != self.step:
             self.measured, self.step = geometry.measure(x, coordinates, basis, a), step

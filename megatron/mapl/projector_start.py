@@ -7,14 +7,18 @@ R = X − C P, the anchored residual of `mapl.geometry`. Of all A of rank r, the
 that step's energy. What happens in `grads.finalize` of that step alone:
 
 1. The sending side sums M over the processes of its stage and takes the eigenvectors V.
-2. V crosses as that side's term of the projector's exchange, in place of dA, beside a term of 0 from
-   the receiving side: framed, counted and shared out over ranks as the gradient is. A fixed
+2. V crosses as that side's term of the projector's exchange, in place of dA, beside a term of 0
+   from the receiving side: framed, counted and shared out over ranks as the gradient is. A fixed
    projector, which has no exchange, has this one.
 3. Both sides make what they hold then, the same bits, orthonormal: that is A. Momentum and gradient
    are 0, so SPEL's own step retracts A once more, by rounding, and does not count as skipped.
 
-All of it comes before the optimizer, and so heeds neither its loss scale nor the steps that it skips.
-The step is Megatron's iteration: a resumed job does this if and only if step N is still to come.
+All of it comes before the optimizer, and so heeds neither its loss scale nor the steps that it
+skips. The step is Megatron's iteration: a resumed job does this if and only if step N is still to
+come.
+
+The boundaries start at once, each from what it sends in step N. Behind the first one that has been
+shaped by the projectors as they were drawn, through which it came.
 
 Cost, in step N alone: one product of n·d² multiplications in fp64 a micro-batch of n tokens, an
 all-reduce of M over the stage's processes, and a d×d eigenvalue problem in fp64 in each of them,
@@ -109,7 +113,7 @@ def _directions(moment: Tensor, rank: int, everyone: Any, boundary: int) -> Tens
             "no spectrum that --mapl-projector-start-step could start from; resume with another "
             "step, or without the flag"
         )
-    directions = leading_directions(moment, rank).float()
+    directions = leading_directions(moment, rank).float().contiguous()
     if everyone.size() > 1:
         # Each sends a share. Where eigenvalues are close, rounding decides what the eigenvectors
         # are, and shares of different ones would make up no basis.

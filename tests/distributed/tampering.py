@@ -267,8 +267,8 @@ def note_what_is_sent(record: dict[str, Any]) -> None:
         if self.training and self.outlet.projector is not None:
             rows = hidden.detach().double().flatten(0, 1)
             if self.anchor.uses_ids:
-                table = self.anchor.state_dict()["E"].double()[self._micro_batch.ids.flatten().long()]
-                basis = self.anchor.basis
+                ids, basis = self._micro_batch.ids.flatten().long(), self.anchor.basis
+                table = self.anchor.state_dict()["E"].double()[ids]
                 rows = rows - (table if basis is None else table @ basis.double())
             place = self.outlet.boundary, get_args().curr_iteration + 1
             tokens, moment, _ = record["sent"].get(place, (0, 0.0, None))
