@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mapl.codecs import CodecSettings, check_lowrank, check_rvq, check_topk
+from mapl.codecs.residual_vq import WHOLE_AFTER
 from mapl.codecs.settings import LOWRANK_FORWARD
 
 AnchorKind = Literal["factorized", "bigram", "none", "static", "full"]
@@ -59,6 +60,10 @@ class MaplConfig:
     projector_exchange: Literal["fp32", "bf16"] = "fp32"
     """The dtype in which the two sides of a boundary exchange the projector's gradient, once a
     step."""
+
+    projector_start_step: int | None = None
+    """Step N in which every projector starts anew, from the leading principal directions of what
+    crosses its boundary in that step; fixed stays there. Default: it starts as it was drawn."""
 
     forward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
     """How the latents' numbers become bytes: pipeline (as they are, in the model's dtype), fp8,
@@ -177,7 +182,9 @@ class MaplConfig:
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} must be positive and finite; "
                 "use --mapl-projector fixed for a projector that does not move"
             )
-        if self.projector in _NOT_LEARNED and self.projector_exchange != "fp32":
+        self._check_projector_start()
+        has_exchange = self.projector not in _NOT_LEARNED or self.projector_start_step is not None
+        if not has_exchange and self.projector_exchange != "fp32":
             raise ValueError(
                 f"--mapl-projector-exchange {self.projector_exchange} has no effect with "
                 f"--mapl-projector {self.projector}, which has no gradient; leave it out"
@@ -202,6 +209,33 @@ class MaplConfig:
         if self.log_interval is not None and self.log_interval <= 0:
             raise ValueError(f"--mapl-log-interval {self.log_interval} must be at least 1 step")
         self._check_geometry()
+
+    def _check_projector_start(self) -> None:
+        step = self.projector_start_step
+        if step is None:
+            return
+        if step < 1:
+            raise ValueError(
+                f"--mapl-projector-start-step {step} must be at least 1, the first step; leave it "
+                "out to start from the projector as it was drawn"
+            )
+        if self.projector == "none":
+            raise ValueError(
+                f"--mapl-projector-start-step {step} has no effect with --mapl-projector none, "
+                "which has no projectors to start; leave it out"
+            )
+        if self.projector == "subspace":
+            raise ValueError(
+                f"--mapl-projector-start-step {step} cannot be used with --mapl-projector "
+                "subspace, whose weights are held in the span of the projector as it was drawn; "
+                "leave it out, or use --mapl-projector fixed"
+            )
+        frozen = max(WHOLE_AFTER)
+        if self.rvq_sync == "frozen" and step >= frozen:
+            raise ValueError(
+                f"--mapl-projector-start-step {step} comes after --mapl-rvq-sync frozen has fixed "
+                f"the codebooks, in step {frozen}, for another projector; start in an earlier step"
+            )
 
     def _check_geometry(self) -> None:
         if self.geometry_interval is None:

@@ -150,10 +150,20 @@ def second_moment(residual: Tensor) -> Tensor:
     """
     d = residual.size(1)
     moment = residual.new_zeros(d, d, dtype=torch.float64)
+    add_second_moment(moment, residual)
+    return moment
+
+
+def add_second_moment(total: Tensor, residual: Tensor) -> None:
+    """M ← M + RᵀR in place.
+
+    Args:
+        total: M [d, d] fp64.
+        residual: R [n, d].
+    """
     for rows in residual.split(_ROWS):
         wide = rows.double()
-        moment.addmm_(wide.mT, wide)
-    return moment
+        total.addmm_(wide.mT, wide)
 
 
 def spectrum(moment: Tensor) -> Tensor:
@@ -167,6 +177,24 @@ def spectrum(moment: Tensor) -> Tensor:
     """
     ascending: Tensor = torch.linalg.eigvalsh(moment)
     return ascending.flip(0).clamp(min=0.0)
+
+
+def leading_directions(moment: Tensor, r: int) -> Tensor:
+    """V: the eigenvectors of the r largest eigenvalues of M, which keep the most of the energy.
+
+    An eigenvector is one up to its sign: here the entry of largest magnitude is positive.
+
+    Args:
+        moment: [d, d] fp64, symmetric and finite.
+        r: how many, 1 ≤ r ≤ d.
+
+    Returns:
+        [d, r] fp64, orthonormal columns, the largest eigenvalue's first.
+    """
+    ascending: Tensor = torch.linalg.eigh(moment).eigenvectors
+    leading = ascending[:, -r:].flip(1)
+    largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -leading, leading)
 
 
 def best_energy(eigenvalues: Tensor, r: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mapl import spel
 from mapl.fp32 import add_mm_wide, full_precision, keep_dtype
 from mapl.operands import Operands
-from mapl.stiefel import msign, random_stiefel
+from mapl.stiefel import msign, random_stiefel, retract
 
 MOMENTUM = 0.9
 
@@ -31,10 +31,11 @@ class Projector(nn.Module):
     Attributes:
         A: [d, r] fp32 parameter that no other optimizer sees (``requires_grad`` is False).
         momentum: [d, r] fp32 buffer, or None.
-        grad: [d, r] fp32, the sum of dA since ``zero_grad``, or None. Not in the state dict.
+        grad: [d, r] fp32, the sum of dA since ``zero_grad``, or None. Not in the state dict. A
+            fixed projector has one between ``propose`` and ``restart`` alone.
         skipped_steps: 0-dim int64 on A's device, steps skipped since construction. Not in the
             state dict.
-        learns: whether A moves at all. If not, no dA need be formed.
+        learns: whether A moves by a gradient. If not, no dA need be formed.
         operands: what the GEMMs over tokens multiply by, for A as it is now.
 
     Raises:
@@ -85,6 +86,35 @@ class Projector(nn.Module):
         """
         raise NotImplementedError
 
+    def propose(self, a: Tensor | None) -> None:
+        """Have ``grad`` hold, in place of dA, this side's term of what A is to become.
+
+        The two sides' terms are summed as those of dA are; then :meth:`restart` takes the sum.
+
+        Args:
+            a: [d, r] fp32, orthonormal columns, on the side that chooses; None, for 0, on the
+                other one.
+        """
+        if self.grad is None:
+            self.grad = torch.zeros_like(self.A)
+        self.zero_grad()
+        if a is not None:
+            self.grad.copy_(a)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """A ← retract(``grad``), after :meth:`propose`; momentum and gradient begin anew.
+
+        A learned projector's :meth:`step` then moves A by rounding alone, and is ok.
+        """
+        assert self.grad is not None, "nothing was proposed"
+        self.A.copy_(retract(self.grad))
+        if self.momentum is not None:
+            self.momentum.zero_()
+        self.zero_grad()
+        if not self.learns:
+            self.grad = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         follow = keep_dtype(fn)
         super()._apply(follow, recurse)
@@ -95,7 +125,7 @@ class Projector(nn.Module):
 
 
 class FixedProjector(Projector):
-    """A random orthonormal A that never moves: the paper's "fixed orthogonal" ablation."""
+    """A random orthonormal A that no gradient moves: the paper's "fixed orthogonal" ablation."""
 
     learns = False
 

@@ -181,6 +181,8 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             "need the token before a part of a sequence, which another process holds; use "
             "--mapl-anchor factorized"
         )
+    if config.projector_start_step is not None:
+        _check_projector_start(config.projector_start_step, args)
     if config.geometry_interval is not None:
         _check_geometry_interval(config.geometry_interval, config.log_interval, args)
 
@@ -237,6 +239,23 @@ def _check_virtual_stages(stages: int, args: Any) -> None:
         raise ValueError(
             f"{flag} cannot be used with --recompute-granularity full: layers that run again would "
             "send again; leave it out, or use --recompute-granularity selective"
+        )
+
+
+def _check_projector_start(step: int, args: Any) -> None:
+    """Step N must be trained. How many steps a batch size that grows leaves is not known here."""
+    last = args.train_iters
+    if not last and args.train_samples and args.step_batch_size_schedule is None:
+        last = args.train_samples // args.global_batch_size
+    if last and step > last:
+        given = f"--train-iters {last}" if args.train_iters else f"the {last} steps of this job"
+        raise ValueError(
+            f"--mapl-projector-start-step {step} exceeds {given}; it is at most {last}"
+        )
+    if step in args.iterations_to_skip:
+        raise ValueError(
+            f"--mapl-projector-start-step {step} is among --iterations-to-skip, which has no data "
+            "to start from; choose another step"
         )
 
 

@@ -5,7 +5,8 @@
   side's term and receives the same share of the other's; a + b = b + a bit for bit, so the two
   sides form the same sums. Each side then gathers the shares over its replicas and tensor-parallel
   ranks, all of which so hold the same gradient, take the same deterministic step, and keep bitwise
-  the same projector without ever sending it.
+  the same projector without ever sending it. In one step it may be the projector itself that
+  crosses in the gradient's place (projector_start.py).
 - Whole codebooks, where a codec wants it: sent in shares and gathered likewise.
 """
 
@@ -99,10 +100,9 @@ class _Gather:
 
 
 def _projector(runtime: MaplRuntime, port: Port, pipeline: Any, gather: _Gather) -> list[_Item]:
-    if port.projector is None or not port.projector.learns:
+    gradient = None if port.projector is None else port.projector.grad
+    if gradient is None:
         return []
-    gradient = port.projector.grad
-    assert gradient is not None
     channel, dtype = port.projector_channel, _DTYPES[runtime.config.projector_exchange]
     data = gradient.to(dtype).flatten().view(torch.uint8)
     payload = channel.pack(data, runtime.ledger)

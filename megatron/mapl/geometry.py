@@ -20,6 +20,16 @@ from mapl.geometry import Angles, Geometry
 from megatron.mapl.runtime import MaplRuntime
 
 
+def current_step() -> int:
+    """Number of the optimizer step that is being trained, from 1: Megatron's iteration."""
+    return int(get_args().curr_iteration) + 1
+
+
+def training_step() -> int | None:
+    """The same during a forward pass; None in an evaluation, which has no gradients."""
+    return current_step() if torch.is_grad_enabled() else None
+
+
 class Probe:
     """Measures at one boundary's sending end, one micro-batch each so many steps.
 
@@ -43,14 +53,9 @@ class Probe:
         basis: torch.Tensor | None,
         a: torch.Tensor,
     ) -> None:
-        """Measures if this is the first micro-batch of a step that is due; see `geometry.measure`.
-
-        Evaluation, which comes between steps and has no gradients, is left out.
-        """
-        if not torch.is_grad_enabled():
-            return
-        step = get_args().curr_iteration + 1
-        if step % self._interval == 0 and step != self.step:
+        """Measures the first micro-batch of a step that is due; see `geometry.measure`."""
+        step = training_step()
+        if step is not None and step % self._interval == 0 and step != self.step:
             self.measured, self.step = geometry.measure(x, coordinates, basis, a), step
 
 

@@ -2,7 +2,8 @@
 """What happens to a boundary's state once a step.
 
 The projectors' gradients and the codebooks' statistics are summed over replicas here, over the two
-sides of a boundary in exchange.py. The errors that gradients of low rank left end here.
+sides of a boundary in exchange.py. The errors that gradients of low rank left end here. In one step
+the projectors may start anew in place of taking a gradient (projector_start.py).
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
-from megatron.mapl import exchange
+from megatron.mapl import exchange, projector_start
 from megatron.mapl.port import Port
 from megatron.mapl.runtime import MaplRuntime
 
@@ -43,15 +44,22 @@ def finalize(
         if pg_collection is not None
         else parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
+    starts = projector_start.is_due(runtime)
     for stage in runtime.stages:
+        if starts:
+            projector_start.propose(stage)
         for port in (stage.inlet, stage.outlet):
             if port is not None:
-                _reduce_gradient(port, num_tokens, replicas, stage)
+                if not starts:
+                    _reduce_gradient(port, num_tokens, replicas, stage)
                 _update_codebooks(port, stage.groups.tp_dp_cp)
                 _end_step_of_lowrank(port, stage.groups.tp_dp_cp)
     if runtime.stages:
         exchange.run(runtime, replicas)
         runtime.guard.raise_if_faulty()
+    if starts:
+        for projector in runtime.projectors():
+            projector.restart()
 
 
 def _reduce_gradient(

@@ -26,6 +26,7 @@ from mapl.coordinates import Coordinates
 from mapl.ngrams import predecessors_of
 from megatron.mapl.geometry import Probe
 from megatron.mapl.port import PAYLOAD, Place, Port, private_generator, take_payload
+from megatron.mapl.projector_start import StepMoment
 from megatron.mapl.runtime import MaplRuntime
 
 #: The anchors' states with one row for each token.
@@ -50,6 +51,7 @@ class StageBoundaries(nn.Module):
         first_layer, last_layer: the layers [first, last) of the model that the chunk holds.
         energy: ‖Z‖²/‖X − anchor‖² of the last micro-batch, when `measure_energy` is set.
         probe: measures the geometry at the outlet, if `--mapl-geometry-interval` asks for it.
+        moment: sums the outlet's second moment, if `--mapl-projector-start-step` asks for it.
         load_sources: while a checkpoint is loaded, the key to read for each state (checkpoint.py).
         table_readers: key of an anchor table → how many earlier stages read it in this load.
     """
@@ -113,6 +115,8 @@ class StageBoundaries(nn.Module):
         interval = runtime.config.geometry_interval
         projects = self.outlet is not None and self.outlet.projector is not None
         self.probe = Probe(interval) if interval is not None and projects else None
+        step = runtime.config.projector_start_step
+        self.moment = StepMoment(step) if step is not None and projects else None
         self.load_sources: dict[str, str] | None = None
         self.table_readers: dict[str, int] = {}
         self._runtime = runtime
@@ -175,6 +179,8 @@ class StageBoundaries(nn.Module):
             self.energy = energy_kept(hidden, self._coordinates(), basis, projector)
         if projector is not None and self.probe is not None:
             self.probe.observe(hidden, self._coordinates(), basis, projector.A)
+        if self.moment is not None:
+            self.moment.observe(hidden, self._coordinates(), basis)
         latent = hidden
         if projector is None or basis is None or channel.share != WHOLE:
             if projector is not None:

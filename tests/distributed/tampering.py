@@ -253,3 +253,27 @@ def note_subspace(record: dict[str, Any]) -> None:
     import subspace_notes
 
     subspace_notes.install(record)
+
+
+def note_what_is_sent(record: dict[str, Any]) -> None:
+    """No fault: notes (boundary, step) → how many tokens were sent in training, ΣRᵀR, and A."""
+    from megatron.training import get_args
+
+    from megatron.mapl.model import StageBoundaries
+
+    send, record["sent"] = StageBoundaries.send, {}
+
+    def noting_send(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if self.training and self.outlet.projector is not None:
+            rows = hidden.detach().double().flatten(0, 1)
+            if self.anchor.uses_ids:
+                ids, basis = self._micro_batch.ids.flatten().long(), self.anchor.basis
+                table = self.anchor.state_dict()["E"].double()[ids]
+                rows = rows - (table if basis is None else table @ basis.double())
+            place = self.outlet.boundary, get_args().curr_iteration + 1
+            tokens, moment, _ = record["sent"].get(place, (0, 0.0, None))
+            a = self.outlet.projector.A.detach().clone()
+            record["sent"][place] = (tokens + len(rows), moment + rows.T @ rows, a)
+        return send(self, hidden)
+
+    StageBoundaries.send = noting_send  # type: ignore[method-assign]

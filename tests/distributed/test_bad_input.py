@@ -58,6 +58,16 @@ REFUSED = {
         "--mapl-rank 8 --mapl-projector-lr-mult 1000",
         "--mapl-projector-lr-mult 1000.0 times --lr 0.003 is 3, .*lower one of them",
     ),
+    "projector-start": (
+        TWO,
+        "--mapl-rank 8 --mapl-projector-start-step 5",
+        "--mapl-projector-start-step 5 exceeds --train-iters 4; it is at most 4",
+    ),
+    "projector-start-subspace": (
+        TWO,
+        f"{SUBSPACE} --mapl-projector-start-step 2",
+        "--mapl-projector-start-step 2 cannot be used with --mapl-projector subspace",
+    ),
     "vocabulary": (
         TWO,
         "--mapl-rank 8 --vocab-size 3000000000",

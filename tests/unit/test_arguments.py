@@ -40,6 +40,11 @@ MEGATRON = {
     "context_parallel_size": 1,
     "use_distributed_optimizer": False,
     "use_layer_wise_distributed_optimizer": False,
+    "train_iters": None,
+    "train_samples": None,
+    "global_batch_size": 8,
+    "step_batch_size_schedule": None,
+    "iterations_to_skip": [],
 }
 
 ANSWER = """
@@ -95,6 +100,7 @@ READ = {
         "mapl_report_dir": None,
         "mapl_log_interval": None,
         "mapl_geometry_interval": None,
+        "mapl_projector_start_step": None,
         "mapl_forward_codec": ["pipeline"],
         "mapl_backward_codec": ["pipeline"],
         "mapl_tensor_parallel_split": True,
@@ -227,6 +233,23 @@ GEOMETRY: dict[tuple[str, int], str | None] = {
     ): "--mapl-geometry-interval 5 is no multiple of --mapl-log-interval 10, .*; use 10, or give",
 }
 
+START = "--mapl-rank 8 --mapl-projector-start-step"
+
+#: N, what the job trains, and what is said of it.
+STARTS: list[tuple[int, dict[str, Any], str | None]] = [
+    (1, {"train_iters": 100}, None),
+    (100, {"train_iters": 100, "iterations_to_skip": [99]}, None),
+    (101, {"train_iters": 100}, "-start-step 101 exceeds --train-iters 100; it is at most 100"),
+    (12, {"train_samples": 100}, None),
+    (13, {"train_samples": 100}, "-start-step 13 exceeds the 12 steps of this job; it is at most"),
+    (13, {"train_samples": 100, "step_batch_size_schedule": "0:4 50:8"}, None),
+    (
+        7,
+        {"train_iters": 100, "iterations_to_skip": [7]},
+        "-start-step 7 is among --iterations-to-skip, .*choose another step",
+    ),
+]
+
 SHARED_LINKS = {
     "8 8 16": "--mapl-rank 8 8 16 differs for boundaries 0 and 2, ",
     "8 0 8": None,
@@ -249,6 +272,7 @@ def answers() -> Answers:
         *((SUBSPACE.split(), megatron) for megatron in beside_subspace),
         *((["--mapl-rank", *ranks.split()], virtual) for ranks in SHARED_LINKS),
         *((f"--mapl-rank 8 {flags}".split(), {"log_interval": n}) for flags, n in GEOMETRY),
+        *((f"{START} {step}".split(), megatron) for step, megatron, _ in STARTS),
     ]
     asked = [(words, {**MEGATRON, **megatron}) for words, megatron in cases]
     got = json.loads(run(["-c", ANSWER], json.dumps(asked)).splitlines()[-1])
@@ -313,6 +337,17 @@ def test_geometry_is_measured_where_there_is_a_line(
 ) -> None:
     answer = answers(f"--mapl-rank 8 {flags}", {"log_interval": log_interval})
     message = GEOMETRY[flags, log_interval]
+    if message is None:
+        assert answer["error"] is None
+    else:
+        assert_error(answer, message)
+
+
+@pytest.mark.parametrize(("step", "megatron", "message"), STARTS)
+def test_projectors_start_in_a_step_that_is_trained(
+    answers: Answers, step: int, megatron: dict[str, Any], message: str | None
+) -> None:
+    answer = answers(f"{START} {step}", megatron)
     if message is None:
         assert answer["error"] is None
     else:

@@ -27,6 +27,24 @@ from mapl.plan import plan_boundaries
             {"rank": [8], "geometry_interval": 5, "projector": "none", "anchor": "none"},
             r"--mapl-geometry-interval 5 has no effect with --mapl-projector none, .*leave it out",
         ),
+        ({"rank": [8], "projector_start_step": 0}, r"--mapl-projector-start-step 0 must be at l"),
+        (
+            {"rank": [8], "projector_start_step": 5, "projector": "none", "anchor": "none"},
+            r"--mapl-projector-start-step 5 has no effect with --mapl-projector none, .*leave it o",
+        ),
+        (
+            {"rank": [8], "projector_start_step": 5, "projector": "subspace", "anchor": "static"},
+            r"--mapl-projector-start-step 5 cannot be used with --mapl-projector subspace, .*leave",
+        ),
+        (
+            {
+                "rank": [8],
+                "projector_start_step": 16,
+                "forward_codec": ["rvq"],
+                "rvq_sync": "frozen",
+            },
+            r"-start-step 16 comes after --mapl-rvq-sync frozen .*in step 16, .*in an earlier step",
+        ),
         ({"rank": [8], "receive_ahead": -1}, r"--mapl-receive-ahead -1 must be"),
         ({"rank": [8], "projector": "none"}, r"--mapl-projector none .*give --mapl-anchor none"),
         (

@@ -14,10 +14,12 @@ from mapl.coordinates import Coordinates
 from mapl.geometry import (
     MOST_SAMPLED,
     Geometry,
+    add_second_moment,
     anchored_residual,
     angles_between,
     best_energy,
     cosine_pearson,
+    leading_directions,
     mean,
     measure,
     rank_for_energy,
@@ -68,6 +70,36 @@ def test_second_moment_sums_all_rows_in_fp64() -> None:
     moment = second_moment(rows)
     assert moment.dtype == torch.float64
     torch.testing.assert_close(moment, rows.double().mT @ rows.double(), rtol=1e-12, atol=0)
+
+
+def test_second_moments_add_up() -> None:
+    """That of all micro-batches of a step is that of their rows together."""
+    rows = normal(70, 5)
+    total = torch.zeros(5, 5, dtype=torch.float64)
+    for part in rows.split(20):
+        add_second_moment(total, part)
+    torch.testing.assert_close(total, rows.mT @ rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_leading_directions_of_known_energies(r: int) -> None:
+    rows, directions = with_energies(ENERGIES)
+    found = leading_directions(second_moment(rows), r)
+    expected = directions[:, :r]
+    # Each up to its sign, which its largest entry settles.
+    torch.testing.assert_close(found, expected * (expected * found).sum(0).sign())
+    assert (found.gather(0, found.abs().argmax(0, keepdim=True)) > 0).all()
+    assert torch.equal(found, leading_directions(second_moment(-rows), r))
+    kept = subspace_energy(second_moment(rows), found)
+    assert kept == pytest.approx(sum(ENERGIES[:r]) / sum(ENERGIES), rel=1e-12)
+
+
+def test_leading_directions_of_less_data_than_rank() -> None:
+    """Two tokens: the rest of the basis is orthonormal whatever it is."""
+    rows = normal(2, 8)
+    found = leading_directions(second_moment(rows), 4)
+    torch.testing.assert_close(found.mT @ found, torch.eye(4, dtype=torch.float64))
+    assert subspace_energy(second_moment(rows), found[:, :2]) == pytest.approx(1.0, rel=1e-12)
 
 
 def test_a_small_tail_beside_a_large_direction_is_not_lost() -> None:

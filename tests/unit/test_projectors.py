@@ -166,6 +166,40 @@ def test_fixed_never_moves():
     assert projector.grad is None and projector.momentum is None and not projector.learns
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [*LEARNING, FixedProjector])
+def test_both_sides_restart_from_what_one_proposes(cls, dtype):
+    """With what step and products left behind, and proposals that are rounded as they cross."""
+    sender, receiver = cls(24, 6, seeded()), cls(24, 6, seeded())
+    chosen = random_stiefel(24, 6, seeded(7))
+    for side, seed in ((sender, 1), (receiver, 2)):
+        accumulator = side.grad
+        side.accumulate(gradient(seed))
+        side.step(0.1)
+        side.accumulate_product(gradient(3, 9, 4), gradient(4, 9), torch.randn(4, 24))
+        side.operands.get("encode", side.A, None, torch.float32)
+        side.propose(chosen if side is sender else None)
+    total = sum(side.grad.to(dtype).float() for side in (sender, receiver))
+    for side in (sender, receiver):
+        side.grad.copy_(total)
+        side.restart()
+    assert torch.equal(sender.A, receiver.A)
+    assert orthonormality_error(sender.A) < 1e-6
+    rounding = 1e-6 if dtype is torch.float32 else 4e-3
+    assert (sender.A - chosen).abs().max() < rounding
+    assert torch.equal(sender.operands.get("encode", sender.A, None, torch.float32), sender.A)
+    started = sender.A.clone()
+    if not sender.learns:
+        assert sender.grad is None and torch.equal(started, sender.A)
+        return
+    assert receiver.grad is accumulator
+    for side in (sender, receiver):
+        assert not side.grad.any() and not side.momentum.any()
+        assert side.step(0.1) and side.skipped_steps == 0 and not side.momentum.any()
+    assert torch.equal(sender.A, receiver.A)
+    assert (sender.A - started).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("cls", LEARNING)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_skips_and_counts(cls, value):
