@@ -35,7 +35,7 @@ class MaplConfig:
     """Projector rank r, the width of what crosses a boundary: one number for all boundaries, or one
     for each. 0 leaves that boundary uncompressed. Without it the job is plain Megatron."""
 
-    anchor: AnchorKind = "factorized"
+    anchor: AnchorKind = "bigram"
     """The token anchor that is subtracted before and added back after a boundary: factorized
     (E P, E trained, P fixed), bigram (the same, and rows for the token together with the one before
     it), none, static (a frozen random table), full (a trained table)."""
@@ -65,12 +65,12 @@ class MaplConfig:
     """Step N in which every projector starts anew, from the leading principal directions of what
     crosses its boundary in that step; fixed stays there. Default: it starts as it was drawn."""
 
-    forward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
+    forward_codec: list[CodecName] = field(default_factory=lambda: ["int8"])
     """How the latents' numbers become bytes: pipeline (as they are, in the model's dtype), fp8,
     int8, int4 (a scale for each group), rvq (residual vector quantisation), topk (the largest
     numbers and their places); one for all boundaries, or one for each."""
 
-    backward_codec: list[CodecName] = field(default_factory=lambda: ["pipeline"])
+    backward_codec: list[CodecName] = field(default_factory=lambda: ["int4"])
     """The same for the latents' gradients; int8 and int4 round them stochastically. lowrank, for
     gradients alone, sends a product of two thin matrices and adds what that leaves out to the next
     micro-batch."""

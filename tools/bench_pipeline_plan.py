@@ -112,12 +112,13 @@ UNPROJECTED = "payloads"
 
 def settings(model: Model) -> dict[str, list[str]]:
     """Name → flags; the first is plain Megatron."""
-    mapl = f"--mapl-rank {model.rank}"
+    mapl = f"--mapl-rank {model.rank} --mapl-anchor factorized"
     through = f"--mapl-rank {model.hidden} --mapl-projector none --mapl-anchor none"
+    plain_codec = _codec("pipeline", "pipeline")
     flags = {
         PLAIN: "",
-        UNPROJECTED: through,
-        "mapl": mapl,
+        UNPROJECTED: f"{through} {plain_codec}",
+        "mapl": f"{mapl} {plain_codec}",
         **{name: f"{mapl} {_codec(name, name)}" for name in ("int8", "int4", "fp8")},
         "rvq": f"{mapl} {_codec('rvq', 'int8')}",
     }

@@ -91,19 +91,21 @@ UNCOMPRESSED = "uncompressed"
 
 def settings(hidden: int) -> list[Setting]:
     """All settings for a model of width d; the first is what the others are compared with."""
-    through = f"--mapl-rank {hidden} --mapl-projector none --mapl-anchor none"
-    quarter, eighth = f"--mapl-rank {hidden // 4}", f"--mapl-rank {hidden // 8}"
+    direct = f"--mapl-rank {hidden} --mapl-projector none --mapl-anchor none"
+    through = f"{direct} {_codec('pipeline')}"
+    projected = {part: f"--mapl-anchor factorized --mapl-rank {hidden // part}" for part in (4, 8)}
+    quarter, eighth = (f"{flags} {_codec('pipeline')}" for flags in projected.values())
     return [
         Setting(UNCOMPRESSED, "", 1, quick=True, curve=True, emulate=True),
-        Setting("direct int8", f"{through} {_codec('int8')}", 1.9),
-        Setting("direct int4", f"{through} {_codec('int4')}", 3.6, quick=True, curve=True),
+        Setting("direct int8", f"{direct} {_codec('int8')}", 1.9),
+        Setting("direct int4", f"{direct} {_codec('int4')}", 3.6, quick=True, curve=True),
         Setting("MAPL d/4", quarter, 3.8, emulate=True,
                 without_hiding="MAPL d/4, none ahead"),
         Setting("MAPL d/8", eighth, 7.5, quick=True, curve=True),
-        Setting("MAPL d/4 int8", f"{quarter} {_codec('int8')}", 7, emulate=True),
-        Setting("MAPL d/4 int4", f"{quarter} {_codec('int4')}", 11),
-        Setting("MAPL d/8 int8", f"{eighth} {_codec('int8')}", 13, quick=True, curve=True),
-        Setting("MAPL d/8 rvq", f"{eighth} {_codec('rvq')}", 17),
+        Setting("MAPL d/4 int8", f"{projected[4]} {_codec('int8')}", 7, emulate=True),
+        Setting("MAPL d/4 int4", f"{projected[4]} {_codec('int4')}", 11),
+        Setting("MAPL d/8 int8", f"{projected[8]} {_codec('int8')}", 13, quick=True, curve=True),
+        Setting("MAPL d/8 rvq", f"{projected[8]} {_codec('rvq')}", 17),
         Setting("MAPL d/4, none ahead", f"{quarter} --mapl-receive-ahead 0", 3.8, few=True),
         Setting("through MAPL", through, 1, few=True, without_hiding="through MAPL, none ahead"),
         Setting("through MAPL, none ahead", f"{through} --mapl-receive-ahead 0", 1, few=True),

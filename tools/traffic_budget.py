@@ -52,8 +52,8 @@ class Job:
     sequence_parallel: bool = False
     no_tensor_parallel_split: bool = False
     replicas: int = 1
-    forward_codec: str = "pipeline"
-    backward_codec: str = "pipeline"
+    forward_codec: str = "int8"
+    backward_codec: str = "int4"
     projector_exchange: str = "fp32"
     codecs: CodecSettings = field(default_factory=CodecSettings)
 
@@ -152,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-tensor-parallel-split", action="store_true")
     parser.add_argument("--replicas", type=int, default=1, help="data-parallel replicas")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model")
-    for flag in ("--forward-codec", "--backward-codec"):
-        parser.add_argument(flag, choices=CODECS, default="pipeline")
+    for direction, codec in (("forward", Job.forward_codec), ("backward", Job.backward_codec)):
+        parser.add_argument(f"--{direction}-codec", choices=CODECS, default=codec)
     parser.add_argument("--projector-exchange", choices=_EXCHANGE, default="fp32")
     numbers: dict[str, Callable[[str], Any]] = {
         "codec-group-size": int,

@@ -14,6 +14,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from mapl.codecs import check_lowrank
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
+from mapl.presets import PresetConfig, with_preset
 from megatron.mapl import gpt, subspace
 
 PREFIX = "mapl_"
@@ -41,6 +42,7 @@ class _PrefixedGroupFactory(ArgumentGroupFactory):
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the `--mapl-*` flags to Megatron's parser."""
     _PrefixedGroupFactory(MaplConfig).build_group(parser, "mapl")
+    _PrefixedGroupFactory(PresetConfig).build_group(parser, "mapl presets")
     _PrefixedGroupFactory(EmulationConfig).build_group(parser, "mapl emulated network")
     return parser
 
@@ -85,7 +87,11 @@ def config_from_args(args: Any) -> MaplConfig | None:
     """
     names = [field.name for field in fields(MaplConfig)]
     given = {name: getattr(args, PREFIX + name) for name in names if hasattr(args, PREFIX + name)}
+    preset = getattr(args, f"{PREFIX}preset", None)
+    args.mapl_preset = preset
     if "rank" not in given:
+        if preset is not None:
+            given["preset"] = preset
         ignored = [f"--mapl-{name.replace('_', '-')} {given[name]}" for name in given]
         if given and given != {"checkpoint": "drop"}:
             raise ValueError(
@@ -95,7 +101,7 @@ def config_from_args(args: Any) -> MaplConfig | None:
         for name in names:
             setattr(args, PREFIX + name, given.get(name))
         return None
-    config = MaplConfig(**given)
+    config = MaplConfig(**with_preset(preset, given))
     if config.checkpoint == "drop":
         raise ValueError(
             "--mapl-checkpoint drop loads a checkpoint into plain Megatron; leave --mapl-rank out, "

@@ -60,6 +60,8 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("bf16", codecs("fp8", "int4")),
         ("pp2-dp2", codecs("pipeline", "lowrank")),
         ("tp2-pp2", codecs("int8", "lowrank")),
+        ("pp2-dp2-distributed-optimizer", f"{codecs('int8', 'int4')} --mapl-anchor bigram"),
+        ("tp2-sp-pp2", f"{codecs('int8', 'int4')} --mapl-anchor bigram"),
     ],
 )
 def test_resume_continues_bitwise(cluster: Cluster, tmp_path: Path, name: str, more: str) -> None:

@@ -65,6 +65,42 @@ def test_both_sides_are_bitwise_equal(cluster: Cluster, name: str) -> None:
     assert total["unsplit"] - sent == pytest.approx(once, rel=0.02, abs=0)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pp4",
+        "pp2-vpp2-overlapped",
+        "tp2-pp2",
+        "tp2-sp-pp2",
+        "pp2-dp2-distributed-optimizer-overlaps",
+        "bf16",
+        "fp16",
+        "muon",
+        "moe-ep2",
+        "full-recompute",
+    ],
+)
+def test_the_defaults(cluster: Cluster, name: str) -> None:
+    """Bigram anchors, int8 forward, int4 backward, as a user gets them with --mapl-rank alone."""
+    layout = LAYOUTS[name]
+    more = "--initial-loss-scale 1024" if name == "fp16" else ""
+    result = cluster.run(layout.world_size, layout.bare_command(f"--mapl-rank {RANK}", more))
+    for states in copies(result).values():
+        assert all(torch.equal(state["A"], states[0]["A"]) for state in states)
+    assert result.losses[-1] < result.losses[0] - 0.02
+    for record in result.records:
+        for anchor in record["anchors"]:
+            assert anchor["E"].abs().max() > 0 and anchor["B"].abs().max() > 0
+    tokens = [
+        boundary[direction]["latents"]
+        for boundary in result.traffic["boundaries"]
+        for direction in ("forward", "backward")
+    ]
+    forward, backward = tokens[::2], tokens[1::2]
+    # Evaluations have no backward pass; a byte and half a byte a number.
+    assert all(f > 2 * b > 0 for f, b in zip(forward, backward, strict=True))
+
+
 def test_replicas_hold_the_same_anchors(cluster: Cluster) -> None:
     layout = LAYOUTS["pp2-dp2-distributed-optimizer"]
     result = cluster.run_once(layout.world_size, layout.command(f"--mapl-rank {RANK}"))
@@ -85,7 +121,7 @@ def test_a_skipped_step_leaves_the_projector_untouched(cluster: Cluster) -> None
             assert torch.equal(state["momentum"], start["momentum"])
 
 
-@pytest.mark.parametrize("anchor", ["none", "static", "full", "factorized"])
+@pytest.mark.parametrize("anchor", ["none", "static", "full", "bigram", "factorized"])
 @pytest.mark.parametrize("projector", ["fixed", "unconstrained"])
 def test_anchors_and_projectors(cluster: Cluster, anchor: str, projector: str) -> None:
     layout = LAYOUTS["pp2"]

@@ -41,16 +41,20 @@ def projectors(result: Result) -> dict[tuple[int, str], torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", [*CODECS, "defaults"])
 def test_equals_the_pipeline(cluster: Cluster, tmp_path: Path, name: str) -> None:
     """From one checkpoint, since Megatron draws the weights of each stage by its rank."""
     rank = "--mapl-rank 64" if "projector none" in name else "--mapl-rank 16"
     measures = name in ("pipeline", "full anchor", "rvq")
-    more = f"{rank} {CODECS[name]} {SAVE} --load {tmp_path} {MEASURED if measures else ''}"
-    start = LAYOUTS["pp4"].command(more, f"--save {tmp_path} --exit-interval 2")
-    cluster.run(4, start)
-    pipeline = cluster.run(4, LAYOUTS["pp4"].command(more))
-    virtual = cluster.run(1, VIRTUAL.command(more))
+    own = CODECS.get(name, "")
+    more = f"{rank} {own} {SAVE} --load {tmp_path} {MEASURED if measures else ''}"
+
+    def command(layout: Layout, *last: str) -> list[str]:
+        return (layout.bare_command if name == "defaults" else layout.command)(more, *last)
+
+    cluster.run(4, command(LAYOUTS["pp4"], f"--save {tmp_path} --exit-interval 2"))
+    pipeline = cluster.run(4, command(LAYOUTS["pp4"]))
+    virtual = cluster.run(1, command(VIRTUAL))
     assert len(virtual.losses) == 2 and virtual.losses[-1] < 5.5
     assert virtual.losses == pytest.approx(pipeline.losses, rel=1e-6)
     assert virtual.validation == pytest.approx(pipeline.validation, rel=1e-6)

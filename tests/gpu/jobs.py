@@ -17,7 +17,7 @@ DISTRIBUTED = ROOT / "tests" / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 
 from cluster import Result  # noqa: E402
-from layouts import HIDDEN, MODEL, PP2, PP4, VPP  # noqa: E402
+from layouts import HIDDEN, MODEL, PP2, PP4, VPP, with_plain_boundaries  # noqa: E402
 
 __all__ = ["HIDDEN", "PP2", "PP4", "VPP", "Result", "assert_sides_equal", "run"]
 
@@ -43,7 +43,7 @@ def run(
     """
     folder = Path(mkdtemp(prefix="mapl-job-"))
     job = {
-        "arguments": [*MODEL, *arguments.split()],
+        "arguments": with_plain_boundaries([*MODEL, *arguments.split()]),
         "deterministic": deterministic,
         "around_payloads": around_payloads,
     }

@@ -92,7 +92,7 @@ READ = {
     "--mapl-checkpoint drop": {"mapl_checkpoint": "drop", "mapl_rank": None, "mapl_anchor": None},
     "--mapl-rank 8": {
         "mapl_rank": [8],
-        "mapl_anchor": "factorized",
+        "mapl_anchor": "bigram",
         "mapl_anchor_rank": None,
         "mapl_projector": "learned",
         "mapl_projector_lr_mult": 0.1,
@@ -101,12 +101,26 @@ READ = {
         "mapl_log_interval": None,
         "mapl_geometry_interval": None,
         "mapl_projector_start_step": None,
-        "mapl_forward_codec": ["pipeline"],
-        "mapl_backward_codec": ["pipeline"],
+        "mapl_forward_codec": ["int8"],
+        "mapl_backward_codec": ["int4"],
         "mapl_tensor_parallel_split": True,
         "mapl_receive_ahead": None,
         "mapl_rvq_codes": None,
     },
+    "--mapl-rank 8 0 8 --mapl-preset paper": {
+        "mapl_preset": "paper",
+        "mapl_anchor": "factorized",
+        "mapl_anchor_rank": 8,
+        "mapl_forward_codec": ["pipeline"],
+        "mapl_backward_codec": ["pipeline"],
+    },
+    "--mapl-rank 8 --mapl-preset paper --mapl-anchor none --mapl-backward-codec int8": {
+        "mapl_anchor": "none",
+        "mapl_anchor_rank": None,
+        "mapl_forward_codec": ["pipeline"],
+        "mapl_backward_codec": ["int8"],
+    },
+    "--mapl-rank 8 16 --mapl-preset paper --mapl-anchor-rank 4": {"mapl_anchor_rank": 4},
     "--mapl-rank 8 --mapl-forward-codec rvq --mapl-backward-codec int4 --mapl-rvq-codes 16 "
     "--mapl-no-tensor-parallel-split --mapl-projector-exchange bf16": {
         "mapl_forward_codec": ["rvq"],
@@ -130,6 +144,8 @@ REFUSED_FLAGS = {
     "--mapl-checkpoint fresh": "--mapl-checkpoint fresh without --mapl-rank has no effect",
     "--mapl-checkpoint match": "--mapl-checkpoint match without --mapl-rank has no effect",
     "--mapl-rank 8 --mapl-checkpoint drop": "--mapl-checkpoint drop .*leave --mapl-rank out",
+    "--mapl-preset paper": "--mapl-preset paper without --mapl-rank has no effect",
+    "--mapl-rank 8 16 --mapl-preset paper": "--mapl-preset paper .* 8 16; give --mapl-anchor-rank",
     "--mapl-rank -8": "--mapl-rank -8: a rank is a positive number",
     "--mapl-rank 8 --mapl-anchor full --mapl-anchor-rank 4": "no effect with --mapl-anchor full",
 }
@@ -284,7 +300,8 @@ def answers() -> Answers:
 def test_flags_are_read(answers: Answers, flags: str) -> None:
     answer = answers(flags)
     assert answer["error"] is None
-    assert set(answer["mapl"]) == {f"mapl_{field.name}" for field in fields(MaplConfig)}
+    names = [field.name for field in fields(MaplConfig)]
+    assert set(answer["mapl"]) == {f"mapl_{name}" for name in [*names, "preset"]}
     assert {name: answer["mapl"][name] for name in READ[flags]} == READ[flags]
 
 

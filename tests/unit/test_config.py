@@ -53,7 +53,7 @@ from mapl.plan import plan_boundaries
         ),
         (
             {"rank": [8], "projector": "subspace"},
-            r"--mapl-projector subspace needs --mapl-anchor static, not factorized: .*; add --mapl",
+            r"--mapl-projector subspace needs --mapl-anchor static, not bigram: .*; add --mapl",
         ),
         (
             {"rank": [8, 0], "projector": "subspace", "anchor": "static"},
@@ -72,7 +72,15 @@ from mapl.plan import plan_boundaries
             },
             r"--mapl-projector-lr-mult 1.0 has no effect with --mapl-projector subspace",
         ),
-        ({"rank": [8], "codec_group_size": 32}, r"--mapl-codec-group-size 32 has no effect"),
+        (
+            {
+                "rank": [8],
+                "codec_group_size": 32,
+                "forward_codec": ["rvq"],
+                "backward_codec": ["rvq"],
+            },
+            r"--mapl-codec-group-size 32 has no effect",
+        ),
         (
             {"rank": [8], "codec_group_size": 0, "forward_codec": ["int8"]},
             r"--mapl-codec-group-size 0 must be at least 1",

@@ -22,6 +22,8 @@ def test_overhead(hidden_size: int, rank: int, vocab_size: int) -> None:
         vocab_size=vocab_size,
         micro_batch_tokens=8 * 2048,
         step_tokens=512 * 2048,
+        forward_codec="pipeline",
+        backward_codec="pipeline",
     )
     report = budget(job)
     assert 0 < report["total"]["overhead"] <= 0.01

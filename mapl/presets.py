@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named settings that stand in for what is left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+#: arXiv 2606.05484: bf16 latents both ways, factorised anchors of the projector's rank.
+_PAPER = {
+    "anchor": "factorized",
+    "projector": "learned",
+    "forward_codec": ["pipeline"],
+    "backward_codec": ["pipeline"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig:
+    """Which settings stand in for flags that are left out."""
+
+    preset: Literal["paper"] | None = None
+    """paper: as in arXiv 2606.05484, --mapl-anchor factorized with --mapl-anchor-rank equal to
+    --mapl-rank, latents and gradients in the model's dtype. Flags that are given come first.
+    Default: the default of each flag, by our measurements the best."""
+
+
+def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `mapl.config.MaplConfig`, completed by a preset.
+
+    Args:
+        preset: paper, or None for no change.
+        given: what the user has set, `rank` among it.
+
+    Raises:
+        ValueError: ranks that differ, of which the preset needs one.
+    """
+    if preset is None:
+        return dict(given)
+    settings = {**_PAPER, **given}
+    if settings["anchor"] == "factorized" and "anchor_rank" not in given:
+        ranks = {*given["rank"]} - {0}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"--mapl-preset paper takes the anchor's rank from --mapl-rank, which is "
+                f"{' '.join(map(str, given['rank']))}; give --mapl-anchor-rank too, or one rank"
+            )
+        settings["anchor_rank"] = max(given["rank"])
+    return settings
