@@ -24,8 +24,15 @@ from mapl.ngrams import bigram_buckets
 from mapl.stiefel import random_stiefel
 from mapl.summed_coordinates import SummedCoordinates
 
-#: m of the bigram anchor.
-DEFAULT_BUCKETS = 131072
+_MOST_BUCKETS = 131072
+
+
+def default_buckets(vocab_size: int) -> int:
+    """m of a bigram anchor: the next power of two from 4·V on, but at most 131072.
+
+    So it does not depend on how the vocabulary is padded, or hardly ever.
+    """
+    return min(_MOST_BUCKETS, 1 << (4 * vocab_size - 1).bit_length())
 
 
 class Anchor(nn.Module):
@@ -264,7 +271,7 @@ def build_anchor(
     anchor_rank: int,
     generator: torch.Generator,
     static_std: float = 0.02,
-    buckets: int = DEFAULT_BUCKETS,
+    buckets: int | None = None,
 ) -> Anchor:
     """The anchor that ``kind`` names: none, factorized, bigram, static or full.
 
@@ -275,7 +282,8 @@ def build_anchor(
         anchor_rank: r_a; factorized and bigram anchors alone have one.
         generator: private CPU generator; see the class for what it must share with other stages.
         static_std: standard deviation of the static anchor's table; the others have none.
-        buckets: m, rows of the bigram anchor's second table; the others have none.
+        buckets: m, rows of the bigram anchor's second table; the others have none. Default:
+            `default_buckets`.
 
     Raises:
         ValueError: a name that is not in the table, or sizes out of range.
@@ -288,6 +296,6 @@ def build_anchor(
         anchor_rank=anchor_rank,
         generator=generator,
         static_std=static_std,
-        buckets=buckets,
+        buckets=default_buckets(vocab_size) if buckets is None else buckets,
     )
     return _BUILDERS[kind](sizes)

@@ -46,7 +46,7 @@ class MaplConfig:
 
     anchor_buckets: int | None = None
     """m, rows of the bigram anchor's second table, into which bigrams are hashed; it costs memory,
-    no traffic. Default: 131072."""
+    no traffic. Default: the next power of two from 4 times the vocabulary on, at most 131072."""
 
     projector: ProjectorKind = "learned"
     """How the projector A is trained: learned (on the Stiefel manifold, by SPEL), fixed (random

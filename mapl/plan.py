@@ -3,7 +3,6 @@
 
 from dataclasses import dataclass
 
-from mapl.anchors import DEFAULT_BUCKETS
 from mapl.codecs import check_lowrank, check_rvq, check_topk
 from mapl.config import CodecName, MaplConfig, spaced
 
@@ -15,7 +14,6 @@ class BoundaryPlan:
     hidden_size: int
     ranks: tuple[int, ...]
     anchor_rank: int
-    anchor_buckets: int
     forward_codecs: tuple[CodecName, ...]
     backward_codecs: tuple[CodecName, ...]
 
@@ -70,7 +68,6 @@ def plan_boundaries(
         hidden_size=hidden_size,
         ranks=tuple(ranks),
         anchor_rank=anchor_rank,
-        anchor_buckets=DEFAULT_BUCKETS if config.anchor_buckets is None else config.anchor_buckets,
         forward_codecs=_each(config.forward_codec, "--mapl-forward-codec", ranks),
         backward_codecs=_each(config.backward_codec, "--mapl-backward-codec", ranks),
     )

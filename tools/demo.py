@@ -44,7 +44,7 @@ TRAINING = (
     "--log-interval 1 --eval-iters 8"
 )
 # A rank below 256 / 8: token ids, headers and the projector exchange count as well.
-MAPL = "--mapl-rank 28"
+MAPL = "--mapl-rank 60"
 
 
 class DemoError(RuntimeError):

@@ -98,7 +98,7 @@ class StageBoundaries(nn.Module):
                 runtime.seed, "anchor", 0 if runtime.config.anchor == "static" else self.first_layer
             ),
             static_std=runtime.config.static_anchor_std,
-            buckets=runtime.plan.anchor_buckets,
+            buckets=runtime.config.anchor_buckets,
         )
         tags = {
             "is_embedding_or_output_parameter": True,  # Adam, where matrices get Muon

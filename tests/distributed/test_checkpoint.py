@@ -119,8 +119,12 @@ def test_fewer_stages_keep_the_cuts_that_still_exist(cluster: Cluster, pp4_check
     assert_sides_equal(after, 1, 2)
 
 
-def test_more_stages_say_which_cuts_are_fresh(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("anchor", ["factorized", "bigram"])
+def test_more_stages_say_which_cuts_are_fresh(
+    cluster: Cluster, tmp_path: Path, anchor: str
+) -> None:
     more = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    more += f" --mapl-anchor {anchor}"
     save = f"--save {tmp_path} --exit-interval 2"
     before = cluster.run(2, LAYOUTS["pp2"].command(MAPL, SAVE, more, save))
     after = cluster.run(4, LAYOUTS["pp4"].command(MAPL, SAVE, more, f"--load {tmp_path}"))
@@ -131,6 +135,11 @@ def test_more_stages_say_which_cuts_are_fresh(cluster: Cluster, tmp_path: Path) 
     assert torch.equal(loaded[1, "outlet"]["A"], copies(before)[0][0]["A"])
     fresh = after.records[0]["start"][0, "outlet"]["A"]
     assert torch.equal(after_load(after, 0)[0, "outlet"]["A"], fresh)
+    tables = "EB" if anchor == "bigram" else "E"
+    for table in tables:
+        assert (
+            f"stage_3_4.{table} is new in this pipeline: it starts as mapl.stage_2_4" in after.log
+        )
     assert_sides_equal(after, 3, 2)
 
 

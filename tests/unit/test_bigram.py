@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mapl.anchors import BigramAnchor
+from mapl.anchors import BigramAnchor, default_buckets
 from mapl.boundary import decode, encode
 from mapl.coordinates import Coordinates
 from mapl.ngrams import bigram_buckets, predecessors_of
@@ -70,6 +70,14 @@ def test_wrong_predecessors_are_refused(predecessors):
 def test_sizes_are_refused():
     with pytest.raises(ValueError, match="at least 1 bucket, got 0"):
         BigramAnchor(V, D, RA, 0, seeded())
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    [(1, 4), (4096, 16384), (4097, 32768), (32000, 131072), (128256, 131072)],
+)
+def test_default_rows(vocabulary, rows):
+    assert default_buckets(vocabulary) == rows
 
 
 def test_starts_at_zero():
