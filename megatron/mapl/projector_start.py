@@ -104,9 +104,7 @@ def propose(port: Port, stage: "StageBoundaries") -> None:
     chosen = None
     if port.is_outlet:
         assert stage.moment is not None
-        chosen = _start(
-            stage.moment.take(), port.projector.A, stage.groups.tp_dp_cp, port.boundary
-        )
+        chosen = _start(stage.moment.take(), port.projector.A, stage.groups.tp_dp_cp, port.boundary)
     port.projector.propose(chosen)
 
 
