@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mapl.codecs import CodecSettings, check_lowrank, check_rvq, check_topk
-from mapl.codecs.residual_vq import WHOLE_AFTER
 from mapl.codecs.settings import LOWRANK_FORWARD
 
 AnchorKind = Literal["factorized", "bigram", "none", "static", "full"]
@@ -62,8 +61,9 @@ class MaplConfig:
     step."""
 
     projector_start_step: int | None = None
-    """Step N in which every projector starts anew, from the leading principal directions of what
-    crosses its boundary in that step; fixed stays there. Default: it starts as it was drawn."""
+    """Step N from which the projectors start anew, one a step: that of boundary p (0, 1, ...) in
+    step N + p, from the leading principal directions of what crosses there in that step; fixed
+    stays there. Default: they start as they were drawn."""
 
     forward_codec: list[CodecName] = field(default_factory=lambda: ["int8"])
     """How the latents' numbers become bytes: pipeline (as they are, in the model's dtype), fp8,
@@ -229,12 +229,6 @@ class MaplConfig:
                 f"--mapl-projector-start-step {step} cannot be used with --mapl-projector "
                 "subspace, whose weights are held in the span of the projector as it was drawn; "
                 "leave it out, or use --mapl-projector fixed"
-            )
-        frozen = max(WHOLE_AFTER)
-        if self.rvq_sync == "frozen" and step >= frozen:
-            raise ValueError(
-                f"--mapl-projector-start-step {step} comes after --mapl-rvq-sync frozen has fixed "
-                f"the codebooks, in step {frozen}, for another projector; start in an earlier step"
             )
 
     def _check_geometry(self) -> None:

@@ -182,7 +182,7 @@ def spectrum(moment: Tensor) -> Tensor:
 def leading_directions(moment: Tensor, r: int) -> Tensor:
     """V: the eigenvectors of the r largest eigenvalues of M, which keep the most of the energy.
 
-    An eigenvector is one up to its sign: here the entry of largest magnitude is positive.
+    Each is one up to its sign, and in a cluster of equal eigenvalues up to a rotation.
 
     Args:
         moment: [d, d] fp64, symmetric and finite.
@@ -192,9 +192,7 @@ def leading_directions(moment: Tensor, r: int) -> Tensor:
         [d, r] fp64, orthonormal columns, the largest eigenvalue's first.
     """
     ascending: Tensor = torch.linalg.eigh(moment).eigenvectors
-    leading = ascending[:, -r:].flip(1)
-    largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
-    return torch.where(largest < 0, -leading, leading)
+    return ascending[:, -r:].flip(1)
 
 
 def best_energy(eigenvalues: Tensor, r: int) -> float:

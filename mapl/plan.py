@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of MAPL, settled for one model and its pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mapl.codecs import check_lowrank, check_rvq, check_topk
+from mapl.codecs.residual_vq import WHOLE_AFTER
 from mapl.config import CodecName, MaplConfig, spaced
 
 
 @dataclass(frozen=True)
 class BoundaryPlan:
-    """The ranks and codecs of one model's boundaries, in pipeline order."""
+    """The ranks and codecs of one model's boundaries, in pipeline order.
+
+    Attributes:
+        projector_starts: the step in which each boundary's projector starts anew, or None.
+    """
 
     hidden_size: int
     ranks: tuple[int, ...]
     anchor_rank: int
     forward_codecs: tuple[CodecName, ...]
     backward_codecs: tuple[CodecName, ...]
+    projector_starts: tuple[int | None, ...]
 
     def width(self, boundary: int) -> int:
         """How many numbers a token has on the wire at `boundary`: r, or d if uncompressed."""
@@ -70,16 +77,38 @@ def plan_boundaries(
         anchor_rank=anchor_rank,
         forward_codecs=_each(config.forward_codec, "--mapl-forward-codec", ranks),
         backward_codecs=_each(config.backward_codec, "--mapl-backward-codec", ranks),
+        projector_starts=_projector_starts(config.projector_start_step, ranks),
     )
     for boundary in range(boundaries):
         used = settled.forward_codecs[boundary], settled.backward_codecs[boundary]
         if "rvq" in used:
             check_rvq(config.codec_settings, width=settled.width(boundary), shards=shards)
+            _check_frozen(config, boundary, settled.projector_starts[boundary])
         if "topk" in used:
             check_topk(config.codec_settings, width=settled.width(boundary))
         if "lowrank" in used:
             check_lowrank(config.codec_settings, width=settled.width(boundary))
     return settled
+
+
+def _projector_starts(first: int | None, ranks: Sequence[int]) -> tuple[int | None, ...]:
+    """Boundary p in step N + p, after all before it, if it is compressed."""
+    return tuple(
+        first + boundary if first is not None and rank else None
+        for boundary, rank in enumerate(ranks)
+    )
+
+
+def _check_frozen(config: MaplConfig, boundary: int, start: int | None) -> None:
+    """Codebooks that are fixed must have been learned for the projector that they serve."""
+    frozen = max(WHOLE_AFTER)
+    if config.rvq_sync == "frozen" and start is not None and start >= frozen:
+        raise ValueError(
+            f"--mapl-projector-start-step {config.projector_start_step} starts the projector of "
+            f"boundary {boundary} in step {start}, after --mapl-rvq-sync frozen has fixed its "
+            f"codebooks, in step {frozen}, for another one; start earlier, or use --mapl-rvq-sync "
+            "streaming"
+        )
 
 
 def _each(codecs: list[CodecName], flag: str, ranks: list[int]) -> tuple[CodecName, ...]:

@@ -110,6 +110,28 @@ def retract(a: Tensor) -> Tensor:
         return 1.5 * sign - 0.5 * (sign @ (sign.mT @ sign))
 
 
+def nearest_basis(v: Tensor, a: Tensor) -> Tensor:
+    """Of all orthonormal bases of span V the one nearest to A in the Frobenius norm.
+
+        V·polar(VᵀA) = V U Wᵀ,    VᵀA = U S Wᵀ
+
+    The orthogonal Procrustes problem: P. H. Schönemann, Psychometrika 31, 1966. Which basis of its
+    span V is does not matter. Where VᵀA is singular there are several; this is one of them.
+
+    By an SVD, since `msign` leaves the smallest singular values of an ill-conditioned VᵀA below 1.
+
+    Args:
+        v: V [d, r] fp64, orthonormal columns.
+        a: A [d, r], orthonormal or not.
+
+    Returns:
+        [d, r] fp64.
+    """
+    left, _, right = torch.linalg.svd(v.mT @ a.double())
+    nearest: Tensor = v @ (left @ right)
+    return nearest
+
+
 def orthonormality_error(a: Tensor) -> Tensor:
     """max |AᵀA − I|, entry by entry, as a 0-dim tensor on A's device.
 

@@ -14,6 +14,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from mapl.codecs import check_lowrank
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
+from mapl.plan import BoundaryPlan
 from mapl.presets import PresetConfig, with_preset
 from megatron.mapl import gpt, subspace
 
@@ -187,10 +188,36 @@ def check_supported(args: Any, config: MaplConfig) -> None:
             "need the token before a part of a sequence, which another process holds; use "
             "--mapl-anchor factorized"
         )
-    if config.projector_start_step is not None:
-        _check_projector_start(config.projector_start_step, args)
     if config.geometry_interval is not None:
         _check_geometry_interval(config.geometry_interval, config.log_interval, args)
+
+
+def check_projector_starts(args: Any, plan: BoundaryPlan) -> None:
+    """Refuses starts of projectors (`--mapl-projector-start-step`) in steps that are not trained.
+
+    How many steps a batch size that grows leaves is not known here.
+
+    Raises:
+        ValueError: names the flag, its value, the boundary and what to do.
+    """
+    last = args.train_iters
+    if not last and args.train_samples and args.step_batch_size_schedule is None:
+        last = args.train_samples // args.global_batch_size
+    for boundary, step in enumerate(plan.projector_starts):
+        if step is None:
+            continue
+        start = (
+            f"--mapl-projector-start-step {step - boundary} starts the projector of boundary "
+            f"{boundary} in step {step}, which"
+        )
+        if last and step > last:
+            given = f"--train-iters {last}" if args.train_iters else f"the {last} steps of this job"
+            raise ValueError(f"{start} exceeds {given}; start earlier, or train longer")
+        if step in args.iterations_to_skip:
+            raise ValueError(
+                f"{start} is among --iterations-to-skip and has no data to start from; choose "
+                "another step"
+            )
 
 
 def split_ranks(args: Any, config: MaplConfig) -> int:
@@ -245,23 +272,6 @@ def _check_virtual_stages(stages: int, args: Any) -> None:
         raise ValueError(
             f"{flag} cannot be used with --recompute-granularity full: layers that run again would "
             "send again; leave it out, or use --recompute-granularity selective"
-        )
-
-
-def _check_projector_start(step: int, args: Any) -> None:
-    """Step N must be trained. How many steps a batch size that grows leaves is not known here."""
-    last = args.train_iters
-    if not last and args.train_samples and args.step_batch_size_schedule is None:
-        last = args.train_samples // args.global_batch_size
-    if last and step > last:
-        given = f"--train-iters {last}" if args.train_iters else f"the {last} steps of this job"
-        raise ValueError(
-            f"--mapl-projector-start-step {step} exceeds {given}; it is at most {last}"
-        )
-    if step in args.iterations_to_skip:
-        raise ValueError(
-            f"--mapl-projector-start-step {step} is among --iterations-to-skip, which has no data "
-            "to start from; choose another step"
         )
 
 

@@ -3,7 +3,7 @@
 
 The projectors' gradients and the codebooks' statistics are summed over replicas here, over the two
 sides of a boundary in exchange.py. The errors that gradients of low rank left end here. In one step
-the projectors may start anew in place of taking a gradient (projector_start.py).
+a projector may start anew in place of taking a gradient (projector_start.py).
 """
 
 from typing import Any
@@ -44,22 +44,21 @@ def finalize(
         if pg_collection is not None
         else parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
-    starts = projector_start.is_due(runtime)
     for stage in runtime.stages:
-        if starts:
-            projector_start.propose(stage)
         for port in (stage.inlet, stage.outlet):
             if port is not None:
-                if not starts:
+                if projector_start.is_due(runtime, port):
+                    projector_start.propose(port, stage)
+                else:
                     _reduce_gradient(port, num_tokens, replicas, stage)
                 _update_codebooks(port, stage.groups.tp_dp_cp)
                 _end_step_of_lowrank(port, stage.groups.tp_dp_cp)
     if runtime.stages:
         exchange.run(runtime, replicas)
         runtime.guard.raise_if_faulty()
-    if starts:
-        for projector in runtime.projectors():
-            projector.restart()
+    for port in runtime.ports():
+        if port.projector is not None and projector_start.is_due(runtime, port):
+            port.projector.restart()
 
 
 def _reduce_gradient(

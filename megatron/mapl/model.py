@@ -115,8 +115,8 @@ class StageBoundaries(nn.Module):
         interval = runtime.config.geometry_interval
         projects = self.outlet is not None and self.outlet.projector is not None
         self.probe = Probe(interval) if interval is not None and projects else None
-        step = runtime.config.projector_start_step
-        self.moment = StepMoment(step) if step is not None and projects else None
+        step = runtime.plan.projector_starts[stage] if projects else None
+        self.moment = StepMoment(step) if step is not None else None
         self.load_sources: dict[str, str] | None = None
         self.table_readers: dict[str, int] = {}
         self._runtime = runtime

@@ -237,14 +237,16 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
     pipeline = args.pipeline_model_parallel_size
     virtual = args.virtual_pipeline_model_parallel_size or 1
     stages = config.virtual_stages or pipeline * virtual
+    plan = plan_boundaries(
+        config,
+        hidden_size=args.hidden_size,
+        boundaries=stages - 1,
+        shards=arguments.split_ranks(args, config),
+    )
+    arguments.check_projector_starts(args, plan)
     runtime = MaplRuntime(
         config=config,
-        plan=plan_boundaries(
-            config,
-            hidden_size=args.hidden_size,
-            boundaries=stages - 1,
-            shards=arguments.split_ranks(args, config),
-        ),
+        plan=plan,
         vocab_size=_padded_vocab_size(args),
         pipeline_size=pipeline,
         pipeline_dtype=model_config.transformer.pipeline_dtype,

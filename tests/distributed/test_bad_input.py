@@ -61,7 +61,12 @@ REFUSED = {
     "projector-start": (
         TWO,
         "--mapl-rank 8 --mapl-projector-start-step 5",
-        "--mapl-projector-start-step 5 exceeds --train-iters 4; it is at most 4",
+        "--mapl-projector-start-step 5 .* in step 5, which exceeds --train-iters 4; start earlier",
+    ),
+    "projector-start-of-the-last": (
+        VIRTUAL,
+        "--mapl-rank 8 --mapl-projector-start-step 3",
+        "--mapl-projector-start-step 3 .* boundary 2 in step 5, which exceeds --train-iters 4; st",
     ),
     "projector-start-subspace": (
         TWO,

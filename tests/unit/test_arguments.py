@@ -51,6 +51,7 @@ ANSWER = """
 import argparse, json, sys
 from megatron.mapl import cpu
 cpu.install()
+from mapl.plan import plan_boundaries
 from megatron.mapl import arguments
 
 answers = []
@@ -64,6 +65,10 @@ for words, megatron in json.load(sys.stdin):
         config = arguments.config_from_args(args)
         if config is not None:
             arguments.check_supported(args, config)
+            boundaries = args.pipeline_model_parallel_size - 1
+            if config.projector_start_step is not None:
+                plan = plan_boundaries(config, hidden_size=64, boundaries=boundaries)
+                arguments.check_projector_starts(args, plan)
     except ValueError as error:
         answer["error"] = str(error)
     answer["mapl"] = {k: v for k, v in vars(args).items() if k.startswith("mapl_")}
@@ -249,21 +254,39 @@ GEOMETRY: dict[tuple[str, int], str | None] = {
     ): "--mapl-geometry-interval 5 is no multiple of --mapl-log-interval 10, .*; use 10, or give",
 }
 
-START = "--mapl-rank 8 --mapl-projector-start-step"
+START = "--mapl-projector-start-step"
+FOUR = {"pipeline_model_parallel_size": 4}
 
-#: N, what the job trains, and what is said of it.
-STARTS: list[tuple[int, dict[str, Any], str | None]] = [
-    (1, {"train_iters": 100}, None),
-    (100, {"train_iters": 100, "iterations_to_skip": [99]}, None),
-    (101, {"train_iters": 100}, "-start-step 101 exceeds --train-iters 100; it is at most 100"),
-    (12, {"train_samples": 100}, None),
-    (13, {"train_samples": 100}, "-start-step 13 exceeds the 12 steps of this job; it is at most"),
-    (13, {"train_samples": 100, "step_batch_size_schedule": "0:4 50:8"}, None),
+#: The ranks, N, what the job trains, and what is said of it.
+STARTS: list[tuple[str, int, dict[str, Any], str | None]] = [
+    ("8", 1, {"train_iters": 100}, None),
+    ("8", 100, {"train_iters": 100, "iterations_to_skip": [99]}, None),
     (
+        "8",
+        101,
+        {"train_iters": 100},
+        "-start-step 101 starts .* boundary 0 in step 101, which exceeds --train-iters 100; start "
+        "earlier, or train longer",
+    ),
+    ("8", 12, {"train_samples": 100}, None),
+    ("8", 13, {"train_samples": 100}, "in step 13, which exceeds the 12 steps of this job; start"),
+    ("8", 13, {"train_samples": 100, "step_batch_size_schedule": "0:4 50:8"}, None),
+    (
+        "8",
         7,
         {"train_iters": 100, "iterations_to_skip": [7]},
-        "-start-step 7 is among --iterations-to-skip, .*choose another step",
+        "-start-step 7 .* step 7, which is among --iterations-to-skip .*choose another step",
     ),
+    ("8", 98, {"train_iters": 100, **FOUR}, None),
+    ("8", 99, {"train_iters": 100, **FOUR}, "-start-step 99 .* boundary 2 in step 101, which exce"),
+    ("8 8 0", 99, {"train_iters": 100, **FOUR}, None),
+    (
+        "8",
+        7,
+        {"train_iters": 100, "iterations_to_skip": [8], **FOUR},
+        "-start-step 7 .* boundary 1 in step 8, which is among --iterations-to-skip",
+    ),
+    ("8 0 8", 7, {"train_iters": 100, "iterations_to_skip": [6, 8, 10], **FOUR}, None),
 ]
 
 SHARED_LINKS = {
@@ -288,7 +311,7 @@ def answers() -> Answers:
         *((SUBSPACE.split(), megatron) for megatron in beside_subspace),
         *((["--mapl-rank", *ranks.split()], virtual) for ranks in SHARED_LINKS),
         *((f"--mapl-rank 8 {flags}".split(), {"log_interval": n}) for flags, n in GEOMETRY),
-        *((f"{START} {step}".split(), megatron) for step, megatron, _ in STARTS),
+        *((f"--mapl-rank {r} {START} {step}".split(), more) for r, step, more, _ in STARTS),
     ]
     asked = [(words, {**MEGATRON, **megatron}) for words, megatron in cases]
     got = json.loads(run(["-c", ANSWER], json.dumps(asked)).splitlines()[-1])
@@ -360,11 +383,11 @@ def test_geometry_is_measured_where_there_is_a_line(
         assert_error(answer, message)
 
 
-@pytest.mark.parametrize(("step", "megatron", "message"), STARTS)
-def test_projectors_start_in_a_step_that_is_trained(
-    answers: Answers, step: int, megatron: dict[str, Any], message: str | None
+@pytest.mark.parametrize(("ranks", "step", "megatron", "message"), STARTS)
+def test_projectors_start_in_steps_that_are_trained(
+    answers: Answers, ranks: str, step: int, megatron: dict[str, Any], message: str | None
 ) -> None:
-    answer = answers(f"{START} {step}", megatron)
+    answer = answers(f"--mapl-rank {ranks} {START} {step}", megatron)
     if message is None:
         assert answer["error"] is None
     else:

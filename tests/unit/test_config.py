@@ -8,6 +8,8 @@ import pytest
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.plan import plan_boundaries
 
+FROZEN: dict[str, Any] = {"forward_codec": ["rvq"], "rvq_sync": "frozen"}
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -35,15 +37,6 @@ from mapl.plan import plan_boundaries
         (
             {"rank": [8], "projector_start_step": 5, "projector": "subspace", "anchor": "static"},
             r"--mapl-projector-start-step 5 cannot be used with --mapl-projector subspace, .*leave",
-        ),
-        (
-            {
-                "rank": [8],
-                "projector_start_step": 16,
-                "forward_codec": ["rvq"],
-                "rvq_sync": "frozen",
-            },
-            r"-start-step 16 comes after --mapl-rvq-sync frozen .*in step 16, .*in an earlier step",
         ),
         ({"rank": [8], "receive_ahead": -1}, r"--mapl-receive-ahead -1 must be"),
         ({"rank": [8], "projector": "none"}, r"--mapl-projector none .*give --mapl-anchor none"),
@@ -171,6 +164,17 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
             3,
             r"--mapl-lowrank-q 9 exceeds the 8 numbers of a row; it is at most 8",
         ),
+        (
+            {**FROZEN, "rank": [8], "projector_start_step": 14},
+            3,
+            r"-start-step 14 .* boundary 2 in step 16, after --mapl-rvq-sync frozen .*in step 16, "
+            r".*start earlier, or use --mapl-rvq-sync streaming",
+        ),
+        (
+            {**FROZEN, "rank": [0, 8, 0], "projector_start_step": 15},
+            3,
+            r"-start-step 15 .* boundary 1 in step 16, after --mapl-rvq-sync frozen",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(
@@ -178,6 +182,29 @@ def test_settings_that_do_not_fit_the_model(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_boundaries(MaplConfig(**settings), hidden_size=64, boundaries=boundaries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        ({"rank": [8]}, (None, None, None)),
+        ({"rank": [8], "projector_start_step": 5}, (5, 6, 7)),
+        ({"rank": [8, 0, 16], "projector_start_step": 5}, (5, None, 7)),
+        ({**FROZEN, "rank": [8], "projector_start_step": 13}, (13, 14, 15)),
+        # Only codebooks are learned for one projector.
+        (
+            {**FROZEN, "rank": [8, 8, 0], "projector_start_step": 15}
+            | {"forward_codec": ["rvq", "int8", "pipeline"]},
+            (15, 16, None),
+        ),
+    ],
+)
+def test_projectors_start_one_a_step(
+    settings: dict[str, Any], starts: tuple[int | None, ...]
+) -> None:
+    """Each in step N and its own number, whether those before it have one or not."""
+    plan = plan_boundaries(MaplConfig(**settings), hidden_size=64, boundaries=3)
+    assert plan.projector_starts == starts
 
 
 def test_one_rank_serves_all_boundaries_and_a_list_each_its_own() -> None:

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stiefel manifold: msign against SVD, retraction, tangent space, sampling, checks."""
 
+import numpy as np
 import pytest
 import torch
 
 from mapl.fp32 import full_precision
-from mapl.stiefel import check, msign, orthonormality_error, random_stiefel, retract, tangent
+from mapl.stiefel import (
+    check,
+    msign,
+    nearest_basis,
+    orthonormality_error,
+    random_stiefel,
+    retract,
+    tangent,
+)
 
 SHAPES = [(1, 1), (5, 1), (7, 3), (64, 16), (16, 64), (33, 33), (1024, 256)]
 
@@ -171,6 +180,55 @@ def test_retract_at_full_size():
 def test_retract_refuses_wide_matrices():
     with pytest.raises(ValueError, match="more columns than rows"):
         retract(torch.ones(2, 3))
+
+
+def bases_of_a_span(d, r):
+    """V, and A as it was drawn, of which V keeps some directions and has almost lost others."""
+    v = random_stiefel(d, r, seeded(5)).double()
+    return torch.linalg.qr(v).Q, random_stiefel(d, r, seeded(6))
+
+
+@pytest.mark.parametrize(("d", "r"), [(24, 1), (24, 6), (24, 24), (256, 80)])
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["orthonormal", "unconstrained"])
+def test_nearest_basis(d, r, scale):
+    """Of the same span, the same for any V of it, and no rotation of it is nearer to A."""
+    v, a = bases_of_a_span(d, r)
+    a = scale * a
+    found = nearest_basis(v, a)
+    assert found.dtype == torch.float64 and found.shape == (d, r)
+    assert orthonormality_error(found) < 1e-12
+    torch.testing.assert_close(found @ found.mT, v @ v.mT, rtol=0, atol=1e-12)
+    left, _, right = np.linalg.svd(v.numpy().T @ a.double().numpy())
+    expected = torch.from_numpy(v.numpy() @ (left @ right))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    inner = found.mT @ a.double()  # symmetric and semidefinite if and only if none is nearer
+    torch.testing.assert_close(inner, inner.mT, rtol=0, atol=1e-10)
+    assert torch.linalg.eigvalsh(inner).min() > -1e-12
+    for seed in range(3):
+        other = v @ random_stiefel(r, r, seeded(seed)).double()
+        assert (other - a).norm() >= (found - a).norm() - 1e-7
+        torch.testing.assert_close(
+            nearest_basis(torch.linalg.qr(other).Q, a), found, rtol=0, atol=1e-9
+        )
+
+
+def test_nearest_basis_of_a_span_that_has_a_is_a():
+    _, a = bases_of_a_span(24, 6)
+    q = torch.linalg.qr(a.double()).Q
+    torch.testing.assert_close(nearest_basis(q, a), a.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lost", [1, 6])
+def test_nearest_basis_beside_directions_that_are_lost(lost):
+    """V has nothing of some of A's directions: VᵀA is singular, the basis orthonormal still."""
+    q = torch.linalg.qr(random_stiefel(24, 12, seeded(7)).double()).Q
+    a = q[:, :6]
+    v = torch.cat((q[:, lost:6], q[:, 6 : 6 + lost]), dim=1)
+    found = nearest_basis(v, a)
+    assert orthonormality_error(found) < 1e-12
+    torch.testing.assert_close(found @ found.mT, v @ v.mT, rtol=0, atol=1e-12)
+    nearest = 2.0 * lost  # of norms² alone, without what both have
+    torch.testing.assert_close((found - a).square().sum().item(), nearest, rtol=1e-9, atol=0)
 
 
 def test_orthonormality_error_is_the_largest_entry():
