@@ -64,10 +64,9 @@ class Anchor(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, predecessors: Tensor | None = None) -> Tensor | None:
-        """The same, gathered. Autograd takes its gradient back to the table."""
-        coordinates = self.coordinates(ids, predecessors)
-        return None if coordinates is None else coordinates.gathered()
+    def forward(self, ids: Tensor, predecessors: Tensor | None = None) -> Coordinates | None:
+        """The same, with the hooks of a module: whoever gathers parameters late waits in one."""
+        return self.coordinates(ids, predecessors)
 
 
 class NoAnchor(Anchor):

@@ -150,28 +150,7 @@ class MaplConfig:
                 f"--mapl-rank {spaced(self.rank)} compresses nothing; give a positive rank, or "
                 "leave --mapl-rank out for plain Megatron"
             )
-        if self.anchor_rank is not None:
-            if self.anchor not in ("factorized", "bigram"):
-                raise ValueError(
-                    f"--mapl-anchor-rank {self.anchor_rank} has no effect with --mapl-anchor "
-                    f"{self.anchor}; leave it out, or use --mapl-anchor factorized or bigram"
-                )
-            if self.anchor_rank <= 0:
-                raise ValueError(
-                    f"--mapl-anchor-rank {self.anchor_rank} must be positive; use --mapl-anchor "
-                    "none for no anchor"
-                )
-        if self.anchor_buckets is not None:
-            if self.anchor != "bigram":
-                raise ValueError(
-                    f"--mapl-anchor-buckets {self.anchor_buckets} has no effect with --mapl-anchor "
-                    f"{self.anchor}; leave it out, or use --mapl-anchor bigram"
-                )
-            if not 1 <= self.anchor_buckets < 2**31:
-                raise ValueError(
-                    f"--mapl-anchor-buckets {self.anchor_buckets} must be from 1 to 2147483647; "
-                    "use --mapl-anchor factorized for no second table"
-                )
+        self._check_anchor()
         if self.projector in _NOT_LEARNED and self.projector_lr_mult != 0.1:
             raise ValueError(
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} has no effect with "
@@ -230,6 +209,30 @@ class MaplConfig:
                 "subspace, whose weights are held in the span of the projector as it was drawn; "
                 "leave it out, or use --mapl-projector fixed"
             )
+
+    def _check_anchor(self) -> None:
+        if self.anchor_rank is not None:
+            if self.anchor not in ("factorized", "bigram"):
+                raise ValueError(
+                    f"--mapl-anchor-rank {self.anchor_rank} has no effect with --mapl-anchor "
+                    f"{self.anchor}; leave it out, or use --mapl-anchor factorized or bigram"
+                )
+            if self.anchor_rank <= 0:
+                raise ValueError(
+                    f"--mapl-anchor-rank {self.anchor_rank} must be positive; use --mapl-anchor "
+                    "none for no anchor"
+                )
+        if self.anchor_buckets is not None:
+            if self.anchor != "bigram":
+                raise ValueError(
+                    f"--mapl-anchor-buckets {self.anchor_buckets} has no effect with --mapl-anchor "
+                    f"{self.anchor}; leave it out, or use --mapl-anchor bigram"
+                )
+            if not 1 <= self.anchor_buckets < 2**31:
+                raise ValueError(
+                    f"--mapl-anchor-buckets {self.anchor_buckets} must be from 1 to 2147483647; "
+                    "use --mapl-anchor factorized for no second table"
+                )
 
     def _check_geometry(self) -> None:
         if self.geometry_interval is None:

@@ -11,7 +11,10 @@ each chunk of the model that they passed):
     anchors       (V + m)·r_a·o + 4·r_a·d    a chunk: the tables, o bytes with all of their state
                                        (m rows of bigrams, or 0); the basis
                   (V + m)·r_a·w        once: what stands for the tables' gradients in autograd
-    coordinates   F·N·(r_a·w + 28)     a chunk with a bigram anchor: C, and the order of the bigrams
+                  4·(V + m)·r_a        once under sequence parallelism: Megatron's copy of gradients
+                                       that are summed over tensor-parallel ranks, each of which
+                                       holds the whole table
+    coordinates   F·N·(r_a·w + 24)     a chunk with a bigram anchor: C, and the order of the bigrams
     activations   F·N·d·w     a chunk that sends: X, which dA needs; plain Megatron frees it
     latents       F·N·r·w     a chunk that receives: Ẑ, which dA needs
     ids           F·N·20      a chunk: the ids, and their order for the table's gradient, at most
@@ -42,6 +45,7 @@ class Stage:
         ahead: a, payloads of each direction that are received or sent ahead.
         itemsize: w.
         buckets: m, 0 without a bigram anchor.
+        sequence_parallel: over more than one tensor-parallel rank.
         table_bytes: o, of a parameter with all that belongs to it.
     """
 
@@ -56,6 +60,7 @@ class Stage:
     ahead: int = 2
     itemsize: int = 2
     buckets: int = 0
+    sequence_parallel: bool = False
     table_bytes: int = MIXED_PRECISION_ADAM
 
 
@@ -70,8 +75,9 @@ def added(stage: Stage) -> dict[str, int]:
         "projectors": sides * 12 * d * r,
         "operands": stage.sending * ((d + k) * r * stage.itemsize + 4 * k * r)
         + stage.receiving * (r + k) * d * stage.itemsize,
-        "anchors": chunks * (table * stage.table_bytes + 4 * k * d) + table * stage.itemsize,
-        "coordinates": (stage.buckets > 0) * kept * (k * stage.itemsize + 28),
+        "anchors": chunks * (table * stage.table_bytes + 4 * k * d)
+        + table * (stage.itemsize + 4 * stage.sequence_parallel),
+        "coordinates": (stage.buckets > 0) * kept * (k * stage.itemsize + 24),
         "activations": sends * kept * d * stage.itemsize,
         "latents": receives * kept * r * stage.itemsize,
         "ids": kept * 20,

@@ -21,7 +21,7 @@ class PresetConfig:
     preset: Literal["paper"] | None = None
     """paper: as in arXiv 2606.05484, --mapl-anchor factorized with --mapl-anchor-rank equal to
     --mapl-rank, latents and gradients in the model's dtype. Flags that are given come first.
-    Default: the default of each flag, by our measurements the best."""
+    Default: the default of each flag (docs/search.md has what they come from)."""
 
 
 def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return dict(given)
     settings = {**_PAPER, **given}
-    if settings["anchor"] == "factorized" and "anchor_rank" not in given:
+    if settings["anchor"] in ("factorized", "bigram") and "anchor_rank" not in given:
         ranks = {*given["rank"]} - {0}
         if len(ranks) > 1:
             raise ValueError(

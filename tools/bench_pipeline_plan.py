@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+from mapl.anchors import default_buckets
 from mapl.memory import Stage, added, in_flight
 
 
@@ -106,6 +107,8 @@ LAYOUTS = {
 
 #: What the others are compared with.
 PLAIN = "plain"
+#: What --mapl-rank alone gives, with bigram anchors.
+DEFAULTS = "defaults"
 #: Uncompressed, but as MAPL sends it.
 UNPROJECTED = "payloads"
 
@@ -121,11 +124,12 @@ def settings(model: Model) -> dict[str, list[str]]:
         "mapl": f"{mapl} {plain_codec}",
         **{name: f"{mapl} {_codec(name, name)}" for name in ("int8", "int4", "fp8")},
         "rvq": f"{mapl} {_codec('rvq', 'int8')}",
+        DEFAULTS: f"--mapl-rank {model.rank}",
     }
     return {name: text.split() for name, text in flags.items()}
 
 
-def formula(model: Model, layout: Layout, process: int) -> int:
+def formula(model: Model, layout: Layout, process: int, setting: str) -> int:
     """Bytes that boundaries add to the memory of a process of the pipeline, at most."""
     stage = Stage(
         hidden_size=model.hidden,
@@ -137,6 +141,7 @@ def formula(model: Model, layout: Layout, process: int) -> int:
         receiving=layout.chunks - (process == 0),
         in_flight=in_flight(layout.processes, process, model.micro_batches, layout.chunks),
         ahead=2 if layout.backend == "gloo" else 0,
+        buckets=default_buckets(model.vocabulary) if setting == DEFAULTS else 0,
     )
     return sum(added(stage).values())
 

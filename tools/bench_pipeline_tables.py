@@ -86,7 +86,7 @@ def _memory(report: dict[str, Any]) -> str:
         model, layout = Model(**report["model"]), LAYOUTS[report["layout"]]
         said = "–"
         if name not in (PLAIN, UNPROJECTED):
-            sizes = [formula(model, layout, rank) for rank in range(len(values))]
+            sizes = [formula(model, layout, rank, name) for rank in range(len(values))]
             said = ", ".join(f"{size / 2**20:.0f}" for size in sizes)
         rows.append(f"| {name} | {gib} | {more} | {said} |")
     return "\n".join(rows)

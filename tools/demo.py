@@ -43,7 +43,7 @@ TRAINING = (
     "--lr 1.5e-3 --min-lr 1.5e-4 --lr-decay-style cosine --lr-warmup-fraction 0.07 "
     "--log-interval 1 --eval-iters 8"
 )
-# A rank below 256 / 8: token ids, headers and the projector exchange count as well.
+# 8×: 12 bits a latent for both legs, and scales, token ids, headers and the projector's exchange.
 MAPL = "--mapl-rank 60"
 
 

@@ -30,11 +30,13 @@ from mapl.codecs import (
     build_codec,
 )
 from mapl.codecs.settings import RvqSync
+from mapl.config import MaplConfig
 from mapl.parcel import ParcelChannel
 from mapl.payload import Direction, PayloadLayout
 from mapl.traffic import Ledger
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DEFAULTS = MaplConfig(rank=[1])
 _EXCHANGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,8 +54,8 @@ class Job:
     sequence_parallel: bool = False
     no_tensor_parallel_split: bool = False
     replicas: int = 1
-    forward_codec: str = "int8"
-    backward_codec: str = "int4"
+    forward_codec: str = _DEFAULTS.forward_codec[0]
+    backward_codec: str = _DEFAULTS.backward_codec[0]
     projector_exchange: str = "fp32"
     codecs: CodecSettings = field(default_factory=CodecSettings)
 

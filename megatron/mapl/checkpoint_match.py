@@ -40,7 +40,7 @@ def match(saved_args: Any, args: Any, runtime: MaplRuntime, saved: Shapes) -> st
     layout = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     same_pipeline = all(getattr(saved_args, x, None) == getattr(args, x) for x in layout)
     problems: list[str] = []
-    notes: list[str] = []
+    notes = _other_codecs(saved_args, runtime)
     for stage in runtime.stages:
         _match_stage(stage, saved, same_pipeline, problems, notes)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -61,6 +61,17 @@ def match(saved_args: Any, args: Any, runtime: MaplRuntime, saved: Shapes) -> st
         }
         expect_fresh(stage, set(stage.states()) - set(stage.load_sources or {}))
     return None
+
+
+def _other_codecs(saved_args: Any, runtime: MaplRuntime) -> list[str]:
+    """Notes: codecs are no part of the model's function, but what they round is felt."""
+    notes = []
+    for name in ("forward_codec", "backward_codec"):
+        before, now = getattr(saved_args, PREFIX + name, None), getattr(runtime.config, name)
+        if before is not None and before != now:
+            flag = f"--mapl-{name.replace('_', '-')}"
+            notes.append(f"{flag} is {' '.join(now)}, in the checkpoint {' '.join(before)}")
+    return notes
 
 
 def _tables(stage: StageBoundaries) -> list[str]:
@@ -103,9 +114,10 @@ def _match_stage(
         # The vocabulary may be padded otherwise for another tensor parallel size.
         free = 1 if key.endswith(VOCABULARY_TABLES) else 0
         if saved[source][free:] != tuple(tensor.shape)[free:]:
+            rows = "; give its --mapl-anchor-buckets" if key.endswith(".B") else ""
             problems.append(
                 f"{source} has shape {list(saved[source])}, this run's flags ask for "
-                f"{list(tensor.shape)}"
+                f"{list(tensor.shape)}{rows}"
             )
         sources[name] = source
     for port in (stage.inlet, stage.outlet):

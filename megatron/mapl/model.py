@@ -204,7 +204,8 @@ class StageBoundaries(nn.Module):
         if current.coordinates is None and anchor.uses_ids:
             assert current.ids is not None
             predecessors = self._predecessors(current.ids) if anchor.uses_predecessors else None
-            current.coordinates = anchor.coordinates(current.ids, predecessors)
+            # Called, not asked: Megatron waits for gathered parameters in a hook of the module.
+            current.coordinates = anchor(current.ids, predecessors)
         return current.coordinates
 
     def _predecessors(self, ids: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace as replace_fields
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from mapl.anchors import default_buckets
 from mapl.config import EmulationConfig
 from mapl.plan import plan_boundaries
 from mapl.token_ids import id_size
@@ -244,10 +246,15 @@ def _runtime(args: Any, model_config: Any) -> MaplRuntime | None:
         shards=arguments.split_ranks(args, config),
     )
     arguments.check_projector_starts(args, plan)
+    vocab_size = _padded_vocab_size(args)
+    if config.anchor == "bigram" and config.anchor_buckets is None:
+        # By the vocabulary itself: another tensor-parallel size may pad it otherwise.
+        args.mapl_anchor_buckets = default_buckets(args.vocab_size or vocab_size)
+        config = replace_fields(config, anchor_buckets=args.mapl_anchor_buckets)
     runtime = MaplRuntime(
         config=config,
         plan=plan,
-        vocab_size=_padded_vocab_size(args),
+        vocab_size=vocab_size,
         pipeline_size=pipeline,
         pipeline_dtype=model_config.transformer.pipeline_dtype,
         split_ranks=arguments.split_ranks(args, config),

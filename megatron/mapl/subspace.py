@@ -161,8 +161,9 @@ def _add_table(
     embedded: Tensor,
 ) -> Tensor:
     """x = E[t] + F[t], [s, b, d]; a forward hook of the embedding."""
-    table = stage.anchor(stage.local_ids(input_ids(args, kwargs)))
-    assert table is not None
+    coordinates = stage.anchor(stage.local_ids(input_ids(args, kwargs)))
+    assert coordinates is not None
+    table: Tensor = coordinates.gathered()
     return embedded + table
 
 

@@ -266,10 +266,10 @@ def note_what_is_sent(record: dict[str, Any]) -> None:
     def noting_send(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         if self.training and self.outlet.projector is not None:
             rows = hidden.detach().double().flatten(0, 1)
-            if self.anchor.uses_ids:
-                ids, basis = self._micro_batch.ids.flatten().long(), self.anchor.basis
-                table = self.anchor.state_dict()["E"].double()[ids]
-                rows = rows - (table if basis is None else table @ basis.double())
+            coordinates, basis = self._coordinates(), self.anchor.basis
+            if coordinates is not None:
+                c = coordinates.rows().detach().double()
+                rows = rows - (c if basis is None else c @ basis.double())
             place = self.outlet.boundary, get_args().curr_iteration + 1
             tokens, moment, _ = record["sent"].get(place, (0, 0.0, None))
             a = self.outlet.projector.A.detach().clone()

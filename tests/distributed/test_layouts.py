@@ -101,6 +101,17 @@ def test_the_defaults(cluster: Cluster, name: str) -> None:
     assert all(f > 2 * b > 0 for f, b in zip(forward, backward, strict=True))
 
 
+@pytest.mark.parametrize("anchor", ["factorized", "bigram", "full"])
+def test_parameters_that_are_gathered_late_are_waited_for(cluster: Cluster, anchor: str) -> None:
+    """With overlapped gathers a module's parameters are old until Megatron's hook on it has run."""
+    layout = LAYOUTS["pp2-dp2-distributed-optimizer"]
+    more = f"--mapl-rank {RANK} --mapl-anchor {anchor} --lr 0.01 --overlap-grad-reduce"
+    at_once = cluster.run_once(4, layout.command(more))
+    late = cluster.run(4, layout.command(more, "--overlap-param-gather"))
+    assert late.losses == at_once.losses
+    assert at_once.losses[-1] < at_once.losses[0] - 0.05
+
+
 def test_replicas_hold_the_same_anchors(cluster: Cluster) -> None:
     layout = LAYOUTS["pp2-dp2-distributed-optimizer"]
     result = cluster.run_once(layout.world_size, layout.command(f"--mapl-rank {RANK}"))

@@ -80,7 +80,7 @@ def assert_same_projectors(result: Result, expected: Result) -> None:
         ("full-recompute", "", 1, 2),
         ("muon", "--mapl-anchor full", 1, 2),
         ("per-token-loss", "--mapl-anchor none", 1, 4),
-        ("bf16", "--mapl-forward-codec int8 --mapl-backward-codec int4", 1, 2),
+        ("bf16", "--mapl-forward-codec int8 --mapl-backward-codec int4 --mapl-anchor bigram", 1, 2),
     ],
 )
 def test_layouts(cluster: Cluster, name: str, more: str, boundaries: int, copies_each: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mapl.anchors import (
+    BigramAnchor,
     FactorizedAnchor,
     FullAnchor,
     NoAnchor,
@@ -16,7 +17,7 @@ from mapl.anchors import (
 )
 
 V, D, RA = 50, 12, 5
-KINDS = ["none", "factorized", "static", "full"]
+KINDS = ["none", "factorized", "bigram", "static", "full"]
 TABLES = ["factorized", "static", "full"]
 
 
@@ -33,6 +34,7 @@ def build(kind, seed=0):
     [
         ("none", NoAnchor),
         ("factorized", FactorizedAnchor),
+        ("bigram", BigramAnchor),
         ("static", StaticAnchor),
         ("full", FullAnchor),
     ],
@@ -56,7 +58,7 @@ def test_ids_of_any_integer_type_and_shape(kind, dtype, shape):
     table = anchor.table if kind == "static" else anchor.E
     nn.init.normal_(table)
     ids = torch.randint(V, shape, generator=seeded(1))
-    coordinates = anchor(ids.to(dtype))
+    coordinates = anchor(ids.to(dtype)).gathered()
     assert torch.equal(coordinates, table[ids])
     assert coordinates.shape == (*shape, RA if kind == "factorized" else D)
 
@@ -74,7 +76,7 @@ def test_starts_at_zero_and_learns_repeated_ids(kind):
     assert anchor.E.requires_grad and not anchor.E.any()
     ids = torch.tensor([[3, 3], [7, 3]], dtype=torch.uint16)
     upstream = torch.randn(2, 2, anchor.E.size(1), generator=seeded(1))
-    anchor(ids).backward(upstream)
+    anchor(ids).gathered().backward(upstream)
     expected = torch.zeros_like(anchor.E)
     expected[3] = upstream[0, 0] + upstream[0, 1] + upstream[1, 1]
     expected[7] = upstream[1, 0]
@@ -131,7 +133,7 @@ def test_static_table_is_frozen_scaled_and_shared_by_seed():
     assert torch.equal(table, StaticAnchor(2000, 64, seeded(4), std=0.05).table)
     assert table.std().item() == pytest.approx(0.05, rel=0.02)
     assert build("static").table.std().item() == pytest.approx(0.02, rel=0.2)
-    assert not build("static")(torch.zeros(1, 1, dtype=torch.int64)).requires_grad
+    assert not build("static")(torch.zeros(1, 1, dtype=torch.int64)).gathered().requires_grad
     assert not list(build("static").parameters())
 
 

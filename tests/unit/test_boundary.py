@@ -69,7 +69,7 @@ class Case:
         coordinates = self.anchor(self.ids)
         if coordinates is None:
             return torch.zeros(self.s, self.b, self.d, dtype=dtype)
-        basis = self.anchor.basis
+        coordinates, basis = coordinates.gathered(), self.anchor.basis
         return coordinates.to(dtype) if basis is None else coordinates.to(dtype) @ basis.to(dtype)
 
     def table_gradient(self):
@@ -126,11 +126,11 @@ def test_gradients_against_finite_differences(size, kind, direction):
     case = Case(size, kind)
     call = getattr(case, direction)
     start = (case.x if direction == "encode" else case.z).clone().requires_grad_()
-    gathered = case.anchor(case.ids)
-    if gathered is None:
+    coordinates = case.anchor(case.ids)
+    if coordinates is None:
         assert torch.autograd.gradcheck(call, (start,))
     else:
-        inputs = (start, gathered.detach().requires_grad_())
+        inputs = (start, coordinates.gathered().detach().requires_grad_())
         assert torch.autograd.gradcheck(lambda x, c: call(x, Coordinates.of(c)), inputs)
 
 
@@ -215,7 +215,7 @@ def test_values_in_the_dtype_of_the_model(kind, dtype):
 def test_coordinates_of_another_dtype_get_their_own_gradient():
     case = Case(SIZES[0], "factorized", dtype=torch.float32)
     x = case.x.bfloat16().requires_grad_()
-    coordinates = case.anchor(case.ids).detach().requires_grad_()
+    coordinates = case.anchor(case.ids).gathered().detach().requires_grad_()
     case.encode(x, Coordinates.of(coordinates)).sum().backward()
     assert coordinates.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
 
@@ -292,9 +292,9 @@ def test_a_gradient_that_would_be_lost_is_refused():
     case = Case(SIZES[0], "factorized")
     case.anchor.E.main_grad = torch.zeros(case.anchor.E.shape)
     with pytest.raises(RuntimeError, match="main_grad"):
-        case.anchor(case.ids)
+        case.anchor(case.ids).gathered()
     with torch.no_grad():
-        assert case.anchor(case.ids) is not None
+        assert case.anchor(case.ids).gathered() is not None
 
 
 @pytest.mark.parametrize("kind", ["factorized", "full"])
@@ -351,13 +351,13 @@ def test_operands_follow_the_projector():
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_not_mutated(kind):
     case = Case(SIZES[0], kind)
-    gathered = case.anchor(case.ids)
+    coordinates = case.anchor(case.ids)
     tensors = [case.x, case.z, case.projector.A.data, *case.anchor.state_dict().values()]
-    if gathered is not None:
-        tensors.append(gathered)
+    if coordinates is not None:
+        tensors.append(coordinates.gathered())
     before = [t.detach().clone() for t in tensors]
     for call, start in ((case.encode, case.x), (case.decode, case.z)):
-        given = None if gathered is None else Coordinates.of(gathered.detach())
+        given = coordinates and Coordinates.of(coordinates.gathered().detach())
         call(start.requires_grad_(), given).sum().backward()
         call(start).sum().backward()
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))

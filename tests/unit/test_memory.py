@@ -9,6 +9,7 @@ import torch
 from mapl.anchors import build_anchor
 from mapl.boundary import decode, encode
 from mapl.memory import Stage, added, in_flight
+from mapl.ngrams import bigram_buckets, predecessors_of
 from mapl.ops.scatter import TokenOrder
 from mapl.projectors import LearnedProjector
 
@@ -56,6 +57,28 @@ def test_what_is_kept_for_the_backward_pass_is_in_it() -> None:
     assert receiving == sum_of["latents"]
     order = coordinates.ids, *TokenOrder(coordinates.ids).ascending
     assert sum(tensor.nbytes for tensor in order) == sum_of["ids"]
+
+
+def test_what_a_bigram_anchor_keeps_is_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projector = LearnedProjector(64, 8, generator)
+    anchor = build_anchor(
+        "bigram", vocab_size=300, hidden_size=64, anchor_rank=16, generator=generator, buckets=200
+    ).bfloat16()
+    ids = torch.randint(0, 300, (50, 1), generator=generator, dtype=torch.int32)
+    x = torch.randn(50, 1, 64).bfloat16().requires_grad_()
+    coordinates = anchor.coordinates(ids, predecessors_of(ids))
+    tables = anchor.E.nbytes + anchor.B.nbytes
+    constant = projector.A.nbytes + anchor.basis.nbytes
+    sum_of = added(replace(STAGE, in_flight=1, buckets=200))
+    c = coordinates.table.nbytes
+    kept = storages(lambda: encode(x, coordinates, anchor.basis, projector)) - constant
+    assert kept == sum_of["activations"] + c
+    buckets = bigram_buckets(ids, predecessors_of(ids), 200)
+    order = coordinates.ids, buckets, *TokenOrder(buckets.flatten()).ascending
+    assert c + sum(tensor.nbytes for tensor in order) == sum_of["coordinates"]
+    table = tables // 2  # numbers
+    assert sum_of["anchors"] == (18 + 2) * table + anchor.basis.nbytes
 
 
 def test_operands_are_in_it() -> None:
