@@ -29,7 +29,8 @@ def with_plain_boundaries(command: list[str]) -> list[str]:
     missing = [flag for flag in PLAIN_BOUNDARIES if flag not in command]
     if "--mapl-rank" not in command:
         return command
-    return command + [word for flag in missing for word in (flag, PLAIN_BOUNDARIES[flag])]
+    plain = [word for flag in missing for word in (flag, PLAIN_BOUNDARIES[flag])]
+    return [*plain, *command]  # so that a test may add to the end
 
 
 @dataclass(frozen=True)
