@@ -41,7 +41,7 @@ def main() -> None:
     while step < args.train_iters:
         step += 1
         time.sleep(args.fake_seconds)
-        loss = 10 / step + args.seed / 1e5 - (args.mapl_rank or 100) / 1e3
+        loss = loss_after(step, args)
         # As Megatron does, which counts the first step again into the next line.
         mean = (kept + loss) / 2 if step == first + 2 else loss
         kept = loss
@@ -57,9 +57,15 @@ def main() -> None:
         if told:
             say("exiting program after receiving SIGTERM.")
             sys.exit(0)
+    # A job that is resumed after its last step has only this left.
+    loss = loss_after(step, args)
     say(f" validation loss at iteration {step} on validation set | lm loss value: {loss:.6E} | "
         "lm loss PPL: 1 |")  # fmt: skip
     save(args, step, first, evaluations=4)
+
+
+def loss_after(step: int, args: argparse.Namespace) -> float:
+    return float(10 / step + args.seed / 1e5 - (args.mapl_rank or 100) / 1e3)
 
 
 def save(args: argparse.Namespace, step: int, first: int, evaluations: int) -> None:
