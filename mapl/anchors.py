@@ -12,7 +12,6 @@ Shapes: V vocabulary, d hidden size, r_a anchor rank, k coordinate width (r_a or
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -237,31 +236,6 @@ def _check_sizes(vocab_size: int, hidden_size: int) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """What `build_anchor` was given; each anchor takes what concerns it."""
-
-    vocab_size: int
-    hidden_size: int
-    anchor_rank: int
-    generator: torch.Generator
-    static_std: float
-    buckets: int
-
-
-_BUILDERS: dict[str, Callable[[_Sizes], Anchor]] = {
-    "none": lambda of: NoAnchor(),
-    "factorized": lambda of: FactorizedAnchor(
-        of.vocab_size, of.hidden_size, of.anchor_rank, of.generator
-    ),
-    "bigram": lambda of: BigramAnchor(
-        of.vocab_size, of.hidden_size, of.anchor_rank, of.buckets, of.generator
-    ),
-    "static": lambda of: StaticAnchor(of.vocab_size, of.hidden_size, of.generator, of.static_std),
-    "full": lambda of: FullAnchor(of.vocab_size, of.hidden_size),
-}
-
-
 def build_anchor(
     kind: str,
     *,
@@ -287,14 +261,15 @@ def build_anchor(
     Raises:
         ValueError: a name that is not in the table, or sizes out of range.
     """
-    if kind not in _BUILDERS:
-        raise ValueError(f"unknown anchor {kind!r}; choose one of {', '.join(_BUILDERS)}")
-    sizes = _Sizes(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        anchor_rank=anchor_rank,
-        generator=generator,
-        static_std=static_std,
-        buckets=default_buckets(vocab_size) if buckets is None else buckets,
-    )
-    return _BUILDERS[kind](sizes)
+    if buckets is None:
+        buckets = default_buckets(vocab_size)
+    builders: dict[str, Callable[[], Anchor]] = {
+        "none": NoAnchor,
+        "factorized": lambda: FactorizedAnchor(vocab_size, hidden_size, anchor_rank, generator),
+        "bigram": lambda: BigramAnchor(vocab_size, hidden_size, anchor_rank, buckets, generator),
+        "static": lambda: StaticAnchor(vocab_size, hidden_size, generator, static_std),
+        "full": lambda: FullAnchor(vocab_size, hidden_size),
+    }
+    if kind not in builders:
+        raise ValueError(f"unknown anchor {kind!r}; choose one of {', '.join(builders)}")
+    return builders[kind]()
