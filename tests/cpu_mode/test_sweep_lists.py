@@ -19,11 +19,25 @@ from megatron.mapl import arguments, pretraining  # noqa: E402
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("name", ["headline", "search"])
-def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "least", "rates"),
+    [
+        ("headline", 20, (0.02, 0.01)),
+        ("search", 20, (0.02, 0.01)),
+        ("adam", 3, (0.001, None)),
+        ("geometry", 3, (0.02, 0.01)),
+    ],
+)
+def test_flags_are_taken(
+    name: str,
+    least: int,
+    rates: tuple[float, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "data.json").write_text("{}")
     plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
-    assert len(plan.runs) > 20
+    assert len(plan.runs) >= least
     for run in plan.runs:
         more = f"--save {tmp_path} --save-interval 1 --exit-signal-handler"
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
@@ -32,7 +46,7 @@ def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         args = pretraining._parse(cpu_mode=True)
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
-        assert (args.lr, args.decoupled_lr) == (0.02, 0.01)
+        assert (args.lr, args.decoupled_lr) == rates
         config = arguments.config_from_args(args)
         assert (config is None) == run.uncompressed
         if config is not None:
