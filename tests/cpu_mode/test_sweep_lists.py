@@ -36,6 +36,7 @@ def test_flags_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "data.model").touch()
     plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
     assert len(plan.runs) >= least
     for run in plan.runs:
