@@ -22,7 +22,7 @@ recipe_names() {
 # read_recipe NAME: the flags, those common to all first, as the array `recipe_flags`.
 # With PLAIN=1 without those of MAPL.
 read_recipe() {
-    local name=$1 file line
+    local name=$1 file line words
     [[ -f $llama/recipes/$name.flags && $name != common ]] ||
         die "there is no recipe '$name'; choose one of: $(recipe_names | xargs)"
     [[ ${PLAIN-} =~ ^1?$ ]] ||

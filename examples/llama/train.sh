@@ -19,7 +19,7 @@
 #                      the network that stages talk over, such as eth0 (default: NCCL's and gloo's
 #                      own choice)
 #
-# SIGTERM to this script: the job saves after its current step and ends with status 0.
+# SIGTERM or SIGUSR1 to this script: the job saves after its current step and ends with status 0.
 set -euo pipefail
 
 # shellcheck source=examples/llama/recipe.sh
@@ -94,35 +94,42 @@ choose_data() {
 }
 
 # torchrun gives its processes 30 s after a SIGTERM, and a large checkpoint takes longer. So
-# torchrun ignores the signal, as its processes do until Megatron handles it, and they get it from
-# here. Under SLURM they may get it twice, which does no harm.
+# torchrun ignores it and they get it from here. SIGUSR1 means the same, and is what SLURM is asked
+# to send: it goes to all processes of a job, of which all but this one ignore it.
 supervise() {
-    local torchrun status interrupted
-    set -m # a group of its own, so that Ctrl-C comes once, from here
+    local torchrun status interrupted asking=
+    set -m # groups of their own, so that Ctrl-C comes once, from here
     (
-        trap '' TERM
+        trap '' TERM USR1
         exec "$python" -m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT "$@"
     ) &
     torchrun=$!
-    trap 'interrupted=1; save_and_end "$torchrun"' TERM
+    trap 'interrupted=1; if [[ -z $asking ]]; then ask_to_end "$torchrun" & asking=$!; fi' TERM USR1
     trap 'interrupted=1; kill -INT "$torchrun" || true' INT HUP
     while true; do # for `wait` returns at each trap
         interrupted=0 status=0
         wait "$torchrun" || status=$?
-        ((interrupted)) || return "$status"
+        ((interrupted)) || break
     done
+    [[ -z $asking ]] || kill -KILL -- "-$asking" 2>/dev/null || true # it may have ended
+    return "$status"
 }
 
-# save_and_end TORCHRUN
-save_and_end() {
-    local workers
-    workers=$(cat "/proc/$1/task"/*/children) || return 0 # it has just ended
-    if [[ -n ${workers// /} ]]; then
-        # shellcheck disable=SC2086 # several process ids
-        kill -TERM $workers || true # some may have ended
-    else
-        kill -INT "$1" || true # nothing has begun that could be saved
-    fi
+# ask_to_end TORCHRUN: sends SIGTERM once to each of its processes, as soon as Megatron handles it.
+ask_to_end() {
+    local process children caught
+    local -A asked=()
+    trap '' TERM USR1
+    while kill -0 "$1" 2>/dev/null; do
+        read -ra children < <(cat "/proc/$1/task"/*/children 2>/dev/null) || true # it has ended
+        for process in "${children[@]}"; do
+            caught=$(awk '$1 == "SigCgt:" {print $2}' "/proc/$process/status" 2>/dev/null) || continue
+            if [[ -n $caught && -z ${asked[$process]-} ]] && ((0x$caught & 1 << 14)); then
+                kill -TERM "$process" && asked[$process]=1
+            fi
+        done
+        sleep 1
+    done
 }
 
 if (($# == 0)) || [[ $1 == -h || $1 == --help ]]; then

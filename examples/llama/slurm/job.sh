@@ -30,9 +30,9 @@ saved_step() {
     echo "$step"
 }
 
-# train_on_all_nodes WORDS... -- RECIPE FLAGS...: runs train.sh on each node, and has SLURM queue the
-# job again if it was stopped before its last step. WORDS stand between srun and train.sh: options
-# of srun, or what train.sh is to run inside of.
+# train_on_all_nodes WORDS... -- RECIPE FLAGS...: runs train.sh on each node, and has SLURM queue
+# the job again if it was stopped before its last step. WORDS stand between srun and train.sh:
+# options of srun, or what train.sh is to run inside of.
 #
 # Whether a job is done is read from its checkpoints, not from its status: a job that was told to
 # stop ends with 0 too. It is queued again only if it has come further than when it started, so that
