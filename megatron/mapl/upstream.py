@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ def _checkpoint_writers_outlive_sigterm() -> None:
     get_queue = filesystem_async.get_write_results_queue
 
     def get_queue_beyond_sigterm(*args: Any, **kwargs: Any) -> Any:
+        resource_tracker.ensure_running()  # which else would be started now, and unblock SIGTERM
         # The process behind the queue inherits the mask. It ends when this one tells it to.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
