@@ -3,8 +3,8 @@
 
     python tools/data_flags.py data/corpus --vocab-size 32000 [FLAGS OF THE JOB...]
 
-Checked before a job starts: the dataset is finished, has a validation part, and its tokens are those
-of the model's vocabulary.
+Checked before a job starts: the dataset is finished, has a validation part, and its tokens are
+those of the model's vocabulary.
 """
 
 import argparse

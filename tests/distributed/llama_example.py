@@ -37,7 +37,13 @@ _FOREIGN = re.compile(r"SLURM_|CUDA_|NCCL_|GLOO_|MASTER_|(NNODES|NODE_RANK|DATA|
 def environment(**more: str) -> dict[str, str]:
     """Variables for the scripts, with this checkout's code."""
     own = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
-    return {**own, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **more}
+    return {
+        **own,
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
 
 
 def stand_in(folder: Path, job: str = "finish") -> dict[str, str]:
@@ -75,7 +81,12 @@ class SlurmJob:
     """
 
     def __init__(
-        self, folder: Path, script: str, arguments: list[str], variables: dict[str, str], nodes: int = 2
+        self,
+        folder: Path,
+        script: str,
+        arguments: list[str],
+        variables: dict[str, str],
+        nodes: int = 2,
     ) -> None:
         self.folder = folder
         self.log = folder / "job.log"
@@ -121,7 +132,7 @@ class SlurmJob:
         self.signal_step(signal.Signals[f"SIG{asked[1]}"])
 
     def signal_step(self, number: signal.Signals) -> None:
-        """A signal to all processes of the step, whatever session they are in, as SLURM sends it."""
+        """A signal to all processes of the step, in whatever session, as SLURM sends it."""
         step = psutil.Process(int((self.folder / "step").read_text()))
         for process in step.children(recursive=True):
             with suppress(psutil.NoSuchProcess):

@@ -5,6 +5,7 @@
 $STAND_IN/node-RANK.json, and starts one process in a session of its own, as torchrun does, which
 follows $STAND_IN_JOB:
 
+    nothing      ends
     finish       saves the last step and ends
     crash-N      saves step N, unless that is 0, and fails
     until-told   waits for SIGTERM, then saves step 7 and ends; leaves PID.ready when it waits
@@ -41,6 +42,8 @@ def work(words: list[str]) -> int:
         if step := int(job.removeprefix("crash-")):
             save(words, step)
         return 3
+    if job == "nothing":
+        return 0
     if job == "finish":
         save(words, int(value(words, "--train-iters")))
         return 0
