@@ -123,7 +123,8 @@ ask_to_end() {
     while kill -0 "$1" 2>/dev/null; do
         read -ra children < <(cat "/proc/$1/task"/*/children 2>/dev/null) || true # it has ended
         for process in "${children[@]}"; do
-            caught=$(awk '$1 == "SigCgt:" {print $2}' "/proc/$process/status" 2>/dev/null) || continue
+            caught=$(awk '$1 == "SigCgt:" {print $2}' "/proc/$process/status" 2>/dev/null) ||
+                continue
             if [[ -n $caught && -z ${asked[$process]-} ]] && ((0x$caught & 1 << 14)); then
                 kill -TERM "$process" && asked[$process]=1
             fi
