@@ -8,8 +8,10 @@ show, and refuse to start when the symbol that they mend has moved.
 import importlib.metadata
 import importlib.util
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -120,6 +122,23 @@ def _help_with_bare_percent_sign() -> None:
     replace(arguments, "add_megatron_arguments", add_with_escaped_help)
 
 
+def _checkpoint_writers_outlive_sigterm() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    get_queue = filesystem_async.get_write_results_queue
+
+    def get_queue_beyond_sigterm(*args: Any, **kwargs: Any) -> Any:
+        resource_tracker.ensure_running()  # which else would be started now, and unblock SIGTERM
+        # The process behind the queue inherits the mask. It ends when this one tells it to.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return get_queue(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    replace(filesystem_async, "get_write_results_queue", get_queue_beyond_sigterm)
+
+
 MENDS = (
     Mend(
         "--help fails at a bare per cent sign in the help of a flag",
@@ -140,6 +159,12 @@ MENDS = (
         "DistributedOptimizer over torch AdamW (no Transformer Engine, no Apex) fails to resume",
         ">=0.17,<0.20",
         _distributed_optimizer_resume,
+    ),
+    Mend(
+        "SIGTERM to all processes of a job, as SLURM preempts, ends the one through which writers "
+        "of checkpoints report, so that the save that --exit-signal-handler starts fails",
+        ">=0.17,<0.20",
+        _checkpoint_writers_outlive_sigterm,
     ),
 )
 

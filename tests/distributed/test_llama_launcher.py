@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/llama/train.sh: what it starts torchrun with, its errors, how it passes signals on."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llama_example import LLAMA, RECIPES, environment, noted, stand_in, wait_until
+from stand_in_trainer import value
+
+TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+
+
+def train(
+    folder: Path, *words: str, job: str = "finish", **variables: str
+) -> subprocess.Popen[str]:
+    given = {"SAVE": str(folder / "saved"), **stand_in(folder, job), **variables}
+    return subprocess.Popen(
+        [str(LLAMA / "train.sh"), *words], cwd=folder, env=environment(**given), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ends(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it said on stderr until its end."""
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    return said
+
+
+def dataset(
+    folder: Path, *, vocabulary: int = 32000, valid: bool = True, model: bool = True
+) -> str:
+    """A finished dataset, as far as a launcher can see."""
+    splits = {"_train": {}, "_valid": {}} if valid else {"": {}}
+    kind = "SentencePieceTokenizer" if model else "HuggingFaceTokenizer"
+    manifest = {"vocab_size": vocabulary, "splits": splits, "settings": {"tokenizer_type": kind}}
+    (folder / "corpus.json").write_text(json.dumps(manifest))
+    if model:
+        (folder / "corpus.model").touch()
+    return str(folder / "corpus")
+
+
+def test_a_laptop_gets_a_process_for_each_stage(tmp_path: Path) -> None:
+    ends(train(tmp_path, "tiny", "--mock-data", "--lr", "0.5"))
+    note = noted(tmp_path)
+    words = note["words"]
+    assert words[:8] == [*TORCHRUN, "--nproc-per-node", "2", "--standalone", words[7]]
+    assert words[7].endswith("/pretrain_gpt.py") and Path(words[7]).exists()
+    assert value(words, "--save") == value(words, "--load") == str(tmp_path / "saved")
+    assert words[-3:] == ["--mock-data", "--lr", "0.5"]  # so that they win
+    assert value(words, "--tokenizer-type") == "NullTokenizer"
+    assert "--exit-signal-handler" in words and value(words, "--mapl-rank") == "60"
+    assert note["variables"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert {"SIGTERM", "SIGUSR1"} < {*note["ignores"]}
+
+
+def test_a_node_gets_a_process_for_each_gpu(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    ends(train(tmp_path, "150m", DATA=data, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
+    words = noted(tmp_path)["words"]
+    assert value(words, "--nproc-per-node") == "8" and "--standalone" in words
+    assert value(words, "--train-data-path") == data + "_train"
+    assert value(words, "--valid-data-path") == data + "_valid"
+    assert value(words, "--tokenizer-model") == data + ".model"
+    assert value(words, "--data-cache-path").startswith(str(tmp_path / "cache-"))
+
+
+def test_processes_may_share_a_gpu(tmp_path: Path) -> None:
+    more = {"CUDA_VISIBLE_DEVICES": "0", "NPROC_PER_NODE": "4"}
+    ends(train(tmp_path, "150m", "--mock-data", "--distributed-backend", "gloo", **more))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == "4"
+
+
+@pytest.mark.parametrize("names", [("NNODES", "NODE_RANK"), ("SLURM_NNODES", "SLURM_NODEID")])
+def test_one_node_of_many(tmp_path: Path, names: tuple[str, str]) -> None:
+    more = {names[0]: "4", names[1]: "3", "MASTER_ADDR": "head", "MASTER_PORT": "4000"}
+    more |= {"NPROC_PER_NODE": "8", "NETWORK_INTERFACE": "lo"}
+    ends(train(tmp_path, "7b", "--mock-data", **more))
+    note = noted(tmp_path, 3)
+    assert note["words"][4:14] == (
+        "--nproc-per-node 8 --nnodes 4 --node-rank 3 --master-addr head --master-port 4000".split()
+    )
+    assert note["variables"]["NCCL_SOCKET_IFNAME"] == "=lo"
+    assert note["variables"]["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_plain_megatron_is_the_recipe_without_boundaries(tmp_path: Path) -> None:
+    ends(train(tmp_path, "tiny", "--mock-data"))
+    with_mapl = noted(tmp_path)["words"]
+    ends(train(tmp_path, "tiny", "--mock-data", PLAIN="1"))
+    plain = noted(tmp_path)["words"]
+    gone = [word for word in with_mapl if word not in plain]
+    assert gone == ["--mapl-rank", "60", "--mapl-anchor-buckets", "16384"]
+    assert "--mapl" not in " ".join(plain)
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    data = dataset(tmp_path, vocabulary=128256, model=False)
+    ends(train(tmp_path, "8b", "--tokenizer-model", "llama", DATA=data, NPROC_PER_NODE="32"))
+    words = noted(tmp_path)["words"]
+    assert value(words, "--tokenizer-type") == "HuggingFaceTokenizer"
+    assert value(words, "--tokenizer-model") == "llama"
+
+
+def test_help_lists_the_recipes(tmp_path: Path) -> None:
+    process = train(tmp_path, "--help")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[-1] == f"Recipes: {' '.join(RECIPES)}"
+    assert "to this script: the job saves" in said and "set -euo" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "message"),
+    [
+        (["2b"], {}, "there is no recipe '2b'; choose one of: 150m 1b 500m 7b 8b tiny"),
+        (["common"], {}, "there is no recipe 'common'"),
+        (["150m"], {}, "DATA is not set; make a dataset with tools/prepare_data.py"),
+        (["150m"], {"DATA": "nowhere"}, "there is no nowhere.json, so no finished dataset"),
+        (["150m", "--mock-data"], {"PLAIN": "yes"}, "PLAIN=yes is neither 1"),
+        (["150m", "--mock-data"], {"NPROC_PER_NODE": "6"}, "cannot hold replicas of 4 stages"),
+        (["7b", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0,1"}, "1 nodes × 2 processes"),
+        (["150m", "--mock-data"], {"NNODES": "2"}, "NODE_RANK='' must be from 0 to 1"),
+        (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK='2'"),
+        (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
+        (["150m", "--mock-data"], {"NETWORK_INTERFACE": "wan9"}, "INTERFACE=wan9 is not on"),
+    ],
+)  # fmt: skip
+def test_errors_come_before_the_job(
+    tmp_path: Path, words: list[str], variables: dict[str, str], message: str
+) -> None:
+    said = ends(train(tmp_path, *words, **variables), 2)
+    assert message in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.glob("node-*"))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"vocabulary": 8192}, "has a vocabulary of 8192 tokens, the model one of 32000"),
+        ({"valid": False}, "has no validation part"),
+        ({"model": False}, "was made with a tokenizer from elsewhere; add --tokenizer-model"),
+    ],
+)
+def test_datasets_that_do_not_fit(tmp_path: Path, made: dict[str, bool], message: str) -> None:
+    data = dataset(tmp_path, **made)  # type: ignore[arg-type]
+    said = ends(train(tmp_path, "150m", DATA=data), 2)
+    assert message in said and data in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("does", ["until-told", "starts"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_its_processes_get_sigterm_and_save(tmp_path: Path, does: str, how: signal.Signals) -> None:
+    process = train(tmp_path, "tiny", "--mock-data", job=does)
+    ready = "starting" if does == "starts" else "*.ready"
+    wait_until(lambda: bool([*tmp_path.glob(ready)]), process)
+    process.send_signal(how)
+    process.send_signal(how)  # an impatient one
+    ends(process, 0)
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
+
+
+def test_a_failure_is_the_status(tmp_path: Path) -> None:
+    ends(train(tmp_path, "tiny", "--mock-data", job="crash-0"), 3)
+
+
+def test_interrupts_reach_torchrun(tmp_path: Path) -> None:
+    process = train(tmp_path, "tiny", "--mock-data", job="until-told")
+    wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
+    [worker] = [int(path.read_text()) for path in tmp_path.glob("*.ready")]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    os.kill(worker, signal.SIGKILL)  # which the real torchrun would have ended
