@@ -25,7 +25,7 @@ def main() -> None:
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training import training
 
-    from megatron.mapl import pretraining
+    from megatron.mapl import gpt, session
 
     # It would shuffle millions of mock samples for the few that a job takes.
     MockGPTLowLevelDataset.size = 5000
@@ -52,7 +52,7 @@ def main() -> None:
 
     training.training_log, training.train_step = noting_log, profiling_step
     try:
-        pretraining.run(program_start=start, cpu_mode=cpu_mode)
+        session.run(lambda: gpt.train(program_start=start))
     finally:
         record["max_memory"] = torch.cuda.max_memory_allocated()
         record["max_reserved"] = torch.cuda.max_memory_reserved()

@@ -161,5 +161,7 @@ def test_over_gloo_processes_leave_together(
     called: list[str] = []
     monkeypatch.setattr(pretraining, "leave_together", lambda: called.append("leave"))
     links: Any = SimpleNamespace(staged=staged, close=lambda: called.append("close"))
-    pretraining._finish(None, links, cpu_mode)
+    job = pretraining.Job(cpu_mode=cpu_mode)
+    job._links = links
+    job._finish_and_leave()
     assert called == expected

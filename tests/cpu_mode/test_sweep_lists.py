@@ -10,6 +10,7 @@ from megatron.mapl import cpu
 
 cpu.install()
 
+from megatron.training import arguments as megatron_arguments  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 import sweep_list  # noqa: E402
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.parametrize("name", ["headline", "search"])
 def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.json").write_text("{}")
+    pretraining.Job(cpu_mode=True).install()
     plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
     assert len(plan.runs) > 20
     for run in plan.runs:
@@ -29,7 +31,7 @@ def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *run.flags, *more.split()])
         unset_global_variables()
-        args = pretraining._parse(cpu_mode=True)
+        args = megatron_arguments.parse_and_validate_args()
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
         assert (args.lr, args.decoupled_lr) == (0.02, 0.01)

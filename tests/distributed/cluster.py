@@ -108,6 +108,7 @@ class Cluster:
         arguments: list[str],
         *,
         plain: bool = False,
+        script: Path | None = None,
         rank_arguments: dict[int, list[str]] | None = None,
         environment: dict[str, str] | None = None,
         tamper: str = "",
@@ -120,6 +121,7 @@ class Cluster:
             world_size: processes.
             arguments: of pretrain_gpt.py.
             plain: run plain_megatron.py in its place.
+            script: run this one in its place, as `python -m megatron.mapl` does.
             rank_arguments: more arguments for single ranks.
             environment: more variables.
             tamper: a function of tampering.py, called in each process before the job.
@@ -133,6 +135,7 @@ class Cluster:
             "world_size": world_size,
             "arguments": arguments,
             "plain": plain,
+            "script": str(script) if script else "",
             "rank_arguments": rank_arguments or {},
             "environment": environment or {},
             "tamper": tamper,

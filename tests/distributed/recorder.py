@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job's process notes for the test, at full precision."""
 
-import time
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def import_all() -> None:
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron.mapl import pretraining  # noqa: F401
+    from megatron.mapl import gpt, pretraining  # noqa: F401
     from megatron.mapl.arguments import add_arguments
 
     # Megatron parses the source of its settings for each list of flags, three times a job.
@@ -88,8 +88,15 @@ def run(path: Path, job: dict[str, Any]) -> None:
             import plain_megatron
 
             plain_megatron.run()
+        elif job.get("script"):
+            from megatron.mapl import __main__ as entry
+
+            entry.main([job["script"], *sys.argv[1:]])
         else:
-            pretraining.run(program_start=time.time(), cpu_mode=job.get("cpu_mode", True))
+            import pretrain_gpt
+            from megatron.mapl import session
+
+            session.run(pretrain_gpt.train)
     finally:
         runtime = record.pop("runtime", None)
         if runtime is not None:
