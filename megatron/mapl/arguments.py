@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, asdict, fields
@@ -50,17 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def check_source(args: Any) -> None:
+def check_source(words: Sequence[str]) -> None:
     """Refuses `--mapl-*` flags beside `--yaml-cfg`, for which Megatron drops all other flags.
 
+    Args:
+        words: the command line.
+
     Raises:
-        ValueError: names the flags.
+        ValueError: names the first of the flags.
     """
-    given = [word for word in sys.argv[1:] if word.startswith("--mapl-")]
-    if getattr(args, "yaml_cfg", None) is not None and given:
+    given = [word for word in words if word.startswith("--mapl-")]
+    if given and any(word.split("=")[0] == "--yaml-cfg" for word in words):
         raise ValueError(
-            f"--yaml-cfg {args.yaml_cfg} takes the place of all other flags, so {given[0]} would "
-            "have no effect; give Megatron's settings as flags"
+            f"--yaml-cfg takes the place of all other flags, so {given[0]} would have no effect; "
+            "give Megatron's settings as flags"
         )
 
 

@@ -181,7 +181,7 @@ def install() -> bool:
     Returns:
         True in CPU mode, False on a machine with a GPU (then nothing was changed).
     """
-    if torch.cuda.device is _no_device:
+    if getattr(torch.cuda, "device", None) is _no_device:
         return True
     if torch.cuda.is_available():
         return False

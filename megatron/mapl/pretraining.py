@@ -13,6 +13,7 @@ NVIDIA's packages needs in gpu.py and attention.py. `versions.SYMBOLS` lists all
 """
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable
 from functools import partial, wraps
@@ -64,6 +65,8 @@ class Job:
         self._cpu_mode = cpu_mode
         self._args: Any = None
         self._runtime: MaplRuntime | None = None
+        #: Whether the job shall have boundaries, by its flags or by the checkpoint that it loads.
+        self._wanted = False
         self._links: Links | None = None
         #: Megatron's pre-wrap hooks: each takes all model chunks of the process and returns them.
         self._hooks: list[Function] = []
@@ -79,12 +82,11 @@ class Job:
         replace(megatron_arguments, "parse_args", self._with_our_flags(parse))
         replace(megatron_arguments, "parse_and_validate_args", self._settling(validate))
         pretrain = self._with_boundaries(megatron_training.pretrain)
-        refusing = self._refusing_boundaries(initialize.initialize_megatron)
+        expecting = self._expecting_pretrain(initialize.initialize_megatron)
         for module in (training_package, megatron_training):
             replace(module, "pretrain", pretrain)
-        # `pretrain` itself calls it by a third name.
-        for module in (training_package, initialize):
-            replace(module, "initialize_megatron", refusing)
+        for module in (training_package, megatron_training, initialize):
+            replace(module, "initialize_megatron", expecting)
 
     def end(self) -> None:
         """To be called when the script has come to its end.
@@ -92,7 +94,7 @@ class Job:
         Raises:
             ValueError: it was to train with boundaries, and did not call `pretrain`.
         """
-        if self._runtime is not None and self._links is None:
+        if self._wanted and self._links is None:
             raise ValueError(
                 "it has ended without a call of megatron.training.pretrain, so --mapl-rank had no "
                 "effect; call it, or leave --mapl-rank out"
@@ -111,11 +113,12 @@ class Job:
                     parser = extra_args_provider(parser)
                 return arguments.add_arguments(parser)
 
-            args = parse_args(add_arguments, ignore_unknown_args)
             try:
-                arguments.check_source(args)
+                arguments.check_source(sys.argv)
             except ValueError as error:
                 exit_with_error(error)
+            args = parse_args(add_arguments, ignore_unknown_args)
+            self._wanted = hasattr(args, arguments.PREFIX + "rank")
             return args
 
         return parse
@@ -145,22 +148,28 @@ class Job:
             gpu.settle(args)
         arguments.emulation_from_args(args)
         self._args, self._runtime = args, job_runtime.from_args(args)
+        self._wanted = self._runtime is not None
 
-    def _refusing_boundaries(self, initialize_megatron: Function) -> Function:
-        """For scripts with a training loop of their own, into which no boundary would get."""
+    def _expecting_pretrain(self, initialize_megatron: Function) -> Function:
+        """Megatron's start of a job, which comes before any work, however a script gets there.
+
+        It is not to be got to past `pretrain` as it stands here: by a training loop of the script's
+        own, or by names that were imported before `install`.
+        """
 
         @wraps(initialize_megatron)
-        def initialize_plain(*args: Any, **kwargs: Any) -> Any:
-            if self._runtime is not None:
+        def initialize_with_pretrain(*args: Any, **kwargs: Any) -> Any:
+            if self._wanted and self._links is None:
                 exit_with_error(
                     ValueError(
-                        "it calls initialize_megatron by itself, but boundaries are put in by "
-                        "megatron.training.pretrain; call that, or leave --mapl-rank out"
+                        "it initializes Megatron, but not by the megatron.training.pretrain that "
+                        "puts boundaries in; call that one, import it no earlier than in the "
+                        "script, or leave --mapl-rank out"
                     )
                 )
             return initialize_megatron(*args, **kwargs)
 
-        return initialize_plain
+        return initialize_with_pretrain
 
     def _with_boundaries(self, pretrain: Function) -> Function:
         """Megatron's `pretrain`, its model built with boundaries, its end a common one."""
@@ -220,6 +229,8 @@ class Job:
             reduce = gpu.without_lonely_reductions(torch.distributed.all_reduce)
             replace(torch.distributed, "all_reduce", reduce)
         self._hooks += [partial(_agree, args=args), self._links.start]
+        if runtime is not None:
+            self._hooks.append(partial(model_building.check_chunks, runtime=runtime))
         if staged or runtime is not None:
             self._hooks.append(_order_by_transfers)
         loading = checkpoint.guarded_load(megatron_training.load_checkpoint, args, runtime)
@@ -278,9 +289,8 @@ def _order_by_transfers(chunks: list[Any]) -> list[Any]:
 
 def _hook_into_megatron(runtime: MaplRuntime, receive_ahead: int) -> list[Function]:
     """The seams: gradients, communicator, schedule, optimizer, log, save; returns the model's."""
-    hooks = [partial(model_building.check_chunks, runtime=runtime)]
     attach = virtual_stages.attach if runtime.config.virtual_stages else model.attach
-    hooks.append(partial(attach, runtime=runtime))
+    hooks: list[Function] = [partial(attach, runtime=runtime)]
     if runtime.config.projector == "subspace":
         runtime.subspace = subspace.Subspace(runtime)
         hooks.append(runtime.subspace.attach)

@@ -12,12 +12,15 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+#: Names by module; a dotted name is one of a class.
+Symbols = Mapping[str, tuple[str, ...]]
+
 #: Releases of megatron-core. The tests run on 0.18.2 and 0.19.2 (docs/scripts.md).
 TESTED = SpecifierSet(">=0.18.2,<0.20")
 
 #: What MAPL replaces in Megatron, derives from or calls, by module: without one of these it would
 #: fail in the middle, or do nothing.
-SYMBOLS: Mapping[str, tuple[str, ...]] = {
+SYMBOLS: Symbols = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.core.dist_checkpointing": ("ShardedTensor", "load_tensors_metadata"),
     "megatron.core.distributed": ("finalize_model_grads",),
@@ -90,6 +93,7 @@ SYMBOLS: Mapping[str, tuple[str, ...]] = {
     "megatron.training.training": (
         "finalize_model_grads",
         "get_megatron_optimizer",
+        "initialize_megatron",
         "load_checkpoint",
         "pretrain",
         "save_checkpoint",
@@ -101,7 +105,7 @@ SYMBOLS: Mapping[str, tuple[str, ...]] = {
 }
 
 #: What `pretrain_gpt.py` asks of Megatron beside that; scripts of other people need none of it.
-SYMBOLS_OF_OWN_SCRIPT: Mapping[str, tuple[str, ...]] = {
+SYMBOLS_OF_OWN_SCRIPT: Symbols = {
     "megatron.core.transformer.multi_token_prediction": ("get_mtp_ranks", "mtp_on_this_rank"),
     "megatron.training.argument_utils": (
         "core_transformer_config_from_args",
@@ -121,7 +125,7 @@ def installed() -> str:
     return Version(importlib.import_module("megatron.core.package_info").__version__).public
 
 
-def check(symbols: Mapping[str, tuple[str, ...]] = SYMBOLS, *, user: str = "MAPL") -> None:
+def check(symbols: Symbols = SYMBOLS, *, user: str = "MAPL") -> None:
     """Refuses a Megatron that MAPL would not work with; to be called before any of it is replaced.
 
     Args:
@@ -155,7 +159,7 @@ def check(symbols: Mapping[str, tuple[str, ...]] = SYMBOLS, *, user: str = "MAPL
     )
 
 
-def _missing(symbols: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+def _missing(symbols: Symbols) -> Iterator[str]:
     for module_name, names in symbols.items():
         try:
             module = importlib.import_module(module_name)

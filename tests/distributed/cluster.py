@@ -21,6 +21,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
+def _other_paths() -> list[str]:
+    """Where else this process was told to look for modules: for another Megatron."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 @dataclass
 class Result:
     """What a job left behind."""
@@ -88,7 +93,7 @@ class Cluster:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), *_other_paths()]),
             "PYTHONUNBUFFERED": "1",
         }
         self._output = (directory / "launcher.log").open("w")

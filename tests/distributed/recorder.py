@@ -11,12 +11,14 @@ def import_all() -> None:
     """Imports what a training job imports, and does once what each job would do again."""
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text  # with transformers
-    import megatron.core.tokenizers.text.models  # noqa: F401
+    import megatron.core.tokenizers.text.models
+    import megatron.training.datasets.fim_dataset
+    import megatron.training.inprocess_restart  # noqa: F401
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron.mapl import gpt, pretraining  # noqa: F401
+    from megatron.mapl import pretraining  # noqa: F401
     from megatron.mapl.arguments import add_arguments
 
     # Megatron parses the source of its settings for each list of flags, three times a job.

@@ -36,6 +36,7 @@ def test_it_trains_as_our_own_script_does(cluster: Cluster, script: Path, name: 
     layout = LAYOUTS[name]
     command = layout.bare_command(BOUNDARIES)
     own = cluster.run_once(layout.world_size, command)
+    assert own.records[0]["projectors"]
     other = cluster.run(layout.world_size, command, script=script)
     assert len(own.losses) >= 4
     assert other.losses == own.losses
@@ -82,7 +83,8 @@ REFUSED = {
     "another-model": "its model is a AnotherModel, but boundaries know .*GPTModel.*leave --mapl-",
     "more-tokens": "its model has the vocabulary size 384, but .* need 256; have the script build",
     "own-gradients": "its model has the finalize_model_grads_func .*, but .* need None; have",
-    "own-loop": "it calls initialize_megatron by itself, .*call that, or leave --mapl-rank out",
+    "own-loop": "it initializes Megatron, but not by .*pretrain .*call that one, .*, or leave --",
+    "early-import": "it initializes Megatron, but not by .*import it no earlier than in the script",
     "own-parser": "pretrain without .*parse_and_validate_args, after which .*call that first",
     "no-training": "it has ended without a call of .*pretrain, so --mapl-rank had no effect; call",
     "own-communicator": "it gives .*pretrain a p2p_communicator of its own, .*leave that or",
@@ -106,12 +108,12 @@ def test_what_boundaries_do_not_go_with(cluster: Cluster, habit: str) -> None:
 def test_settings_from_yaml(cluster: Cluster, tmp_path: Path) -> None:
     """Megatron then takes no flags at all, and would train without boundaries."""
     settings = tmp_path / "settings.yaml"
-    settings.write_text("train_iters: 4\nglobal_batch_size: 16\n")
+    settings.write_text("train_iters: 4\n")
     command = ["--yaml-cfg", str(settings), "--mapl-rank", "8"]
     result = cluster.run(1, command, script=PROVIDED, fails=True)
     assert result.codes == [2], result.log[-3000:]
     assert re.search(
-        "provided.py: error: --yaml-cfg .* takes the place of all other flags, so --mapl-rank",
+        "provided.py: error: --yaml-cfg takes the place of all other flags, so --mapl-rank",
         result.log,
     )
 

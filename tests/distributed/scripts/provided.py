@@ -20,6 +20,7 @@ from script_parts import datasets, forward_step, model_provider
 
 HABITS = (
     "another-model",
+    "early-import",
     "more-tokens",
     "own-communicator",
     "own-gradients",
@@ -69,8 +70,11 @@ def main() -> None:
         "own-gradients": build_with_own_gradients,
         "more-tokens": partial(model_provider, 128),
     }.get(args.habit, model_provider)
+    train = pretrain
+    if args.habit == "early-import":
+        train = pretrain.__wrapped__  # what it would have been
     more = {"p2p_communicator": object()} if args.habit == "own-communicator" else {}
-    pretrain(
+    train(
         cfg_container=pretrain_cfg_container_from_args(args),
         train_valid_test_dataset_provider=datasets,
         model_provider=provider,
