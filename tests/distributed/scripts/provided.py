@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.enums import ModelType
 from megatron.training import get_args, initialize_megatron, pretrain
@@ -54,6 +55,7 @@ def build_with_own_gradients(**kwargs: Any) -> torch.nn.Module:
 
 def main() -> None:
     """Trains, unless its habit is another."""
+    print(f"Megatron {megatron.core.__version__}")
     if "own-parser" in sys.argv:
         args = parse_args(add_flag)
         validate_args(args)
