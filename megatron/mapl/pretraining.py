@@ -27,6 +27,7 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training import checkpointing, initialize, print_rank_0
 from megatron.training import training as megatron_training
 
+from mapl.config import EmulationConfig
 from megatron.mapl import (
     arguments,
     attention,
@@ -64,6 +65,7 @@ class Job:
     def __init__(self, *, cpu_mode: bool) -> None:
         self._cpu_mode = cpu_mode
         self._args: Any = None
+        self._emulation = EmulationConfig()
         self._runtime: MaplRuntime | None = None
         #: Whether the job shall have boundaries, by its flags or by the checkpoint that it loads.
         self._wanted = False
@@ -146,7 +148,7 @@ class Job:
             print_rank_0("> no GPU on this machine: CPU mode, with gloo between processes")
         else:
             gpu.settle(args)
-        arguments.emulation_from_args(args)
+        self._emulation = arguments.emulation_from_args(args)
         self._args, self._runtime = args, job_runtime.from_args(args)
         self._wanted = self._runtime is not None
 
@@ -221,8 +223,7 @@ class Job:
         if not self._cpu_mode and attention.wanted(args):
             replace(LocalSpecProvider, "core_attention", attention.core_attention)
         staged = staging.needed(args.distributed_backend, cpu_mode=self._cpu_mode)
-        emulation = arguments.emulation_from_args(args)
-        self._links = Links(emulation, runtime, args, staged=staged)
+        self._links = Links(self._emulation, runtime, args, staged=staged)
         if staged:
             # Megatron's DDP reduces gradients in groups of one too, coalesced, which gloo refuses
             # to do with tensors of a GPU; what it does not refuse goes to the host and back.

@@ -106,13 +106,25 @@ SYMBOLS: Symbols = {
 
 #: What `pretrain_gpt.py` asks of Megatron beside that; scripts of other people need none of it.
 SYMBOLS_OF_OWN_SCRIPT: Symbols = {
+    "megatron.core.datasets.blended_megatron_dataset_builder": ("BlendedMegatronDatasetBuilder",),
+    "megatron.core.datasets.gpt_dataset": ("GPTDataset", "GPTDatasetConfig", "MockGPTDataset"),
+    "megatron.core.enums": ("ModelType",),
+    "megatron.core.rerun_state_machine": ("get_rerun_state_machine",),
     "megatron.core.transformer.multi_token_prediction": ("get_mtp_ranks", "mtp_on_this_rank"),
+    "megatron.core.utils": (
+        "get_attr_wrapped_model",
+        "get_batch_on_this_cp_rank",
+        "get_batch_on_this_tp_rank",
+    ),
+    "megatron.training": ("get_timers", "get_tokenizer", "set_startup_timestamps"),
     "megatron.training.argument_utils": (
         "core_transformer_config_from_args",
         "gpt_config_from_args",
         "pretrain_cfg_container_from_args",
     ),
+    "megatron.training.datasets.fim_dataset": ("GPTFIMDataset", "GPTFIMDatasetConfig"),
     "megatron.training.inprocess_restart": ("maybe_wrap_for_inprocess_restart",),
+    "megatron.training.utils": ("get_blend_and_blend_per_split", "is_first_or_last_pipeline_stage"),
 }
 
 

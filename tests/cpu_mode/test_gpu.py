@@ -172,5 +172,5 @@ def test_one_model_has_boundaries() -> None:
     job._args, job._links = SimpleNamespace(), SimpleNamespace()  # type: ignore[assignment]
     job._prepare()  # plain Megatron may train again, for instance after an in-process restart
     job._runtime = SimpleNamespace()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"pretrain a second time, .*one model in a process, or le"):
+    with pytest.raises(ValueError, match=r"pretrain a second time, .*; train one model"):
         job._prepare()

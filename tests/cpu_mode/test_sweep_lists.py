@@ -14,16 +14,24 @@ from megatron.training import arguments as megatron_arguments  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 import sweep_list  # noqa: E402
-from mapl.plan import plan_boundaries  # noqa: E402
-from megatron.mapl import arguments, pretraining  # noqa: E402
+from megatron.mapl import pretraining  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.fixture(scope="module")
+def job() -> pretraining.Job:
+    """With whose flags Megatron parses from here on."""
+    installed = pretraining.Job(cpu_mode=True)
+    installed.install()
+    return installed
+
+
 @pytest.mark.parametrize("name", ["headline", "search"])
-def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_are_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: pretraining.Job
+) -> None:
     (tmp_path / "data.json").write_text("{}")
-    pretraining.Job(cpu_mode=True).install()
     plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
     assert len(plan.runs) > 20
     for run in plan.runs:
@@ -35,9 +43,8 @@ def test_flags_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
         assert (args.lr, args.decoupled_lr) == (0.02, 0.01)
-        config = arguments.config_from_args(args)
-        assert (config is None) == run.uncompressed
-        if config is not None:
-            arguments.check_supported(args, config)
-            assert config.virtual_stages == 4
-            plan_boundaries(config, hidden_size=args.hidden_size, boundaries=3)
+        runtime = job._runtime
+        assert (runtime is None) == run.uncompressed
+        if runtime is not None:
+            assert runtime.config.virtual_stages == 4
+            assert len(runtime.plan.ranks) == 3
