@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(f"megatron.mapl: error: {arguments[0]} is no file; name the training script first")
     sys.argv[:] = arguments
-    sys.path[0] = str(script.resolve().parent)  # in place of the directory that `python -m` put in
+    if not sys.flags.safe_path:  # else python puts neither directory in
+        sys.path[0] = str(script.resolve().parent)  # in place of what `python -m` put in
     if find_spec("mapl") is None:  # found there alone: not installed
         sys.path.append(str(Path(__file__).parents[2]))
     session.run(lambda: runpy.run_path(str(script), run_name="__main__"))

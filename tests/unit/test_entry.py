@@ -47,3 +47,18 @@ def test_the_script_runs_as_python_runs_it(tmp_path: Path, monkeypatch: pytest.M
     assert sys.path[0] == str(tmp_path)
     scripts[0]()
     assert (tmp_path / "script.out").read_text() == f"neighbour {script} --mapl-rank 8"
+
+
+def test_without_an_install_our_own_modules_stay_to_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in a checkout of this project, whose directory the script's takes the place of."""
+    script = tmp_path / "script.py"
+    script.touch()
+    monkeypatch.setattr(entry.session, "run", lambda script: None)
+    monkeypatch.setattr(entry, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["python -m megatron.mapl"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    entry.main([str(script)])
+    assert (Path(sys.path[-1]) / "mapl" / "boundary.py").exists()
+    assert sys.path[0] == str(tmp_path)
