@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training script of `pretrain_gpt.py`: micro-batches, the loss, the datasets.
 
-A script for Megatron like any other, with nothing of boundaries in it.
+A script for Megatron like any other, with nothing of boundaries in it. As any other it is to be
+imported by `session.run` or later: it takes Megatron's `pretrain` as it finds it.
 """
 
 import time
