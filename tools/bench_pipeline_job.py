@@ -18,7 +18,7 @@ from megatron.mapl import cpu
 
 
 def train(start: float) -> None:
-    """What `pretrain_gpt.py` does, which imports Megatron's `pretrain` when boundaries are in it."""
+    """Runs pretrain_gpt.py's script, which must import Megatron's `pretrain` no earlier."""
     from megatron.mapl import gpt
 
     gpt.train(program_start=start)
