@@ -39,10 +39,10 @@ echo "No usable Python found among:" \
 exit 1
 endef
 
-.PHONY: help setup lint types test demo clean
+.PHONY: help setup lint types test test-older demo clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 
 setup:  ## Make .venv from requirements.lock and install the project; nothing if it is up to date
 	@if [[ ! -e $(STAMP) || ! -x $(PY) ]]; then $(MAKE) install; fi
@@ -81,6 +81,21 @@ test: setup  ## Lint, types, then the unit and distributed tests (CPU)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
 		|| failed+=" pytest"; \
 	if [[ -n "$$failed" ]]; then echo "make test failed in:$$failed" >&2; exit 1; fi
+
+# The oldest Megatron that megatron/mapl/versions.py takes, in a folder that stands before .venv's.
+OLDER_VERSION := 0.18.2
+OLDER := $(VENV)/megatron-core-$(OLDER_VERSION)
+
+test-older: setup  ## Scripts of other people, on the oldest Megatron that is taken
+	@if [[ ! -d $(OLDER) ]]; then \
+		echo "== installing megatron-core $(OLDER_VERSION) in $(OLDER)"; \
+		rm -rf $(OLDER).unfinished; \
+		$(PY) -m pip install --quiet --no-deps --target $(OLDER).unfinished \
+			megatron-core==$(OLDER_VERSION); \
+		mv $(OLDER).unfinished $(OLDER); \
+	fi
+	@PYTHONPATH=$(abspath $(OLDER)) OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -n0 tests/distributed/test_scripts.py $(ARGS)
 
 demo: setup  ## Train a small model on this machine, with and without compression
 	@$(PY) tools/demo.py

@@ -6,17 +6,22 @@ Takes Megatron's own flags. Run it under torchrun, one process a pipeline rank.
 
 import time
 
-from megatron.mapl import cpu
+from megatron.mapl import session, versions
+from megatron.mapl.errors import exit_with_error
+
+START = time.time()
 
 
-def main() -> None:
-    """Builds configuration, model and data, and hands over to Megatron's training loop."""
-    start = time.time()
-    cpu_mode = cpu.install()  # before anything imports Megatron
-    from megatron.mapl import pretraining
+def train() -> None:
+    """The script itself, which is one for Megatron like any other."""
+    try:
+        versions.check(versions.SYMBOLS_OF_OWN_SCRIPT, user="pretrain_gpt.py")
+    except versions.UnsupportedMegatronError as error:
+        exit_with_error(error)
+    from megatron.mapl import gpt
 
-    pretraining.run(program_start=start, cpu_mode=cpu_mode)
+    gpt.train(program_start=START)
 
 
 if __name__ == "__main__":
-    main()
+    session.run(train)

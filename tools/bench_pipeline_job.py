@@ -17,6 +17,13 @@ from typing import Any
 from megatron.mapl import cpu
 
 
+def train(start: float) -> None:
+    """Runs pretrain_gpt.py's script, which must import Megatron's `pretrain` no earlier."""
+    from megatron.mapl import gpt
+
+    gpt.train(program_start=start)
+
+
 def main() -> None:
     """Trains with the arguments in sys.argv."""
     start = time.time()
@@ -25,7 +32,7 @@ def main() -> None:
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training import training
 
-    from megatron.mapl import pretraining
+    from megatron.mapl import session
 
     # It would shuffle millions of mock samples for the few that a job takes.
     MockGPTLowLevelDataset.size = 5000
@@ -52,7 +59,7 @@ def main() -> None:
 
     training.training_log, training.train_step = noting_log, profiling_step
     try:
-        pretraining.run(program_start=start, cpu_mode=cpu_mode)
+        session.run(lambda: train(start))
     finally:
         record["max_memory"] = torch.cuda.max_memory_allocated()
         record["max_reserved"] = torch.cuda.max_memory_reserved()

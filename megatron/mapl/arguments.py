@@ -16,7 +16,8 @@ from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
 from mapl.plan import BoundaryPlan
 from mapl.presets import PresetConfig, with_preset
-from megatron.mapl import gpt, subspace
+from megatron.mapl import subspace
+from megatron.mapl.layout import pipeline_layout
 
 PREFIX = "mapl_"
 
@@ -46,6 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _PrefixedGroupFactory(PresetConfig).build_group(parser, "mapl presets")
     _PrefixedGroupFactory(EmulationConfig).build_group(parser, "mapl emulated network")
     return parser
+
+
+def check_source(words: Sequence[str]) -> None:
+    """Refuses `--mapl-*` flags beside `--yaml-cfg`, for which Megatron drops all other flags.
+
+    Args:
+        words: the command line.
+
+    Raises:
+        ValueError: names the first of the flags.
+    """
+    given = [word for word in words if word.startswith("--mapl-")]
+    if given and any(word.split("=")[0] == "--yaml-cfg" for word in words):
+        raise ValueError(
+            f"--yaml-cfg takes the place of all other flags, so {given[0]} would have no effect; "
+            "give Megatron's settings as flags"
+        )
 
 
 def emulation_from_args(args: Any) -> EmulationConfig:
@@ -125,6 +143,21 @@ _UNSUPPORTED = {
     ),
     "mtp_standalone": ("--mtp-standalone", "it sends several tensors over one boundary"),
     "use_megatron_fsdp": ("--use-megatron-fsdp", "it replaces Megatron's wrapping of the model"),
+    "inprocess_restart": (
+        "--inprocess-restart",
+        "payloads are numbered, and a restarted stage would not know where its peers are",
+    ),
+    "moe_use_upcycling": ("--moe-use-upcycling", "it builds a second model"),
+    "perform_rl_step": ("--perform-rl-step", "it runs the model outside of the schedule"),
+    "sft": ("--sft", "its packed sequences have another shape than a micro-batch"),
+    "dataloader_inter_document_masking": (
+        "--dataloader-inter-document-masking",
+        "its packed sequences have another shape than a micro-batch",
+    ),
+    "hybrid_context_parallel": (
+        "--hybrid-context-parallel",
+        "its packed sequences have another shape than a micro-batch",
+    ),
     # Megatron fills it from --heterogeneous-layers-config-path too.
     "heterogeneous_layers_config_encoded_json": (
         "--heterogeneous-layers-config-path (or -encoded-json)",
@@ -312,7 +345,7 @@ def mtp_before_last_stage(args: Any) -> bool:
     """Whether the layout puts multi-token prediction into another process than the loss."""
     if args.pipeline_model_parallel_layout is None or not args.mtp_num_layers:
         return False
-    layout = gpt.pipeline_layout(args)
+    layout = pipeline_layout(args)
     return bool(layout.validate_layer_layout(args.num_layers, args.mtp_num_layers))
 
 

@@ -132,6 +132,11 @@ def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+def _no_device(*args: Any) -> contextlib.nullcontext[None]:
+    """Stands in for `torch.cuda.device`; where it does, this process is in CPU mode."""
+    return contextlib.nullcontext()
+
+
 def _cuda_stand_ins() -> dict[str, Any]:
     """`torch.cuda` names and what stands in for them."""
     return {
@@ -139,7 +144,7 @@ def _cuda_stand_ins() -> dict[str, Any]:
         "device_count": _always(1),
         "current_device": _always(CPU),
         "set_device": _always(None),
-        "device": lambda *args: contextlib.nullcontext(),
+        "device": _no_device,
         "get_device_properties": _always(_DeviceProperties),
         "get_device_capability": _always((9, 0)),
         "synchronize": _always(None),
@@ -171,9 +176,13 @@ def _cuda_stand_ins() -> dict[str, Any]:
 def install() -> bool:
     """Goes to CPU mode if this machine has no GPU; to be called before Megatron is imported.
 
+    A second call changes nothing.
+
     Returns:
         True in CPU mode, False on a machine with a GPU (then nothing was changed).
     """
+    if getattr(torch.cuda, "device", None) is _no_device:
+        return True
     if torch.cuda.is_available():
         return False
     # One connection is what Megatron's tensor parallelism checks for; it has no effect on a CPU.

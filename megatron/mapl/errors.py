@@ -4,6 +4,7 @@
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 from torch.distributed import DistError
@@ -13,10 +14,15 @@ from torch.distributed.rendezvous import rendezvous
 _STORE_SECONDS = 10
 
 
+def program() -> str:
+    """The name of the script that runs, for messages."""
+    return Path(sys.argv[0]).name
+
+
 def exit_with_error(error: Exception) -> NoReturn:
     """Prints the message once for the job and ends this process with status 2."""
     if _is_first_to_report():
-        print(f"pretrain_gpt.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program()}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -26,7 +32,7 @@ def exit_without_peer(lost: str) -> NoReturn:
     Every process says so: each knows another part, and the store may have gone with the peer.
     """
     print(
-        f"pretrain_gpt.py: error: {lost}; start the job again from its last checkpoint",
+        f"{program()}: error: {lost}; start the job again from its last checkpoint",
         file=sys.stderr,
         flush=True,
     )

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron's training loop asks of a GPT job: micro-batches, the loss, the datasets."""
+"""The training script of `pretrain_gpt.py`: micro-batches, the loss, the datasets.
 
+A script for Megatron like any other, with nothing of boundaries in it. As any other it is to be
+imported by `session.run` or later: it takes Megatron's `pretrain` as it finds it.
+"""
+
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,32 +14,40 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
-from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training import (
+    get_args,
+    get_timers,
+    get_tokenizer,
+    inprocess_restart,
+    pretrain,
+    print_rank_0,
+    set_startup_timestamps,
+)
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron.mapl.errors import exit_with_error
+from megatron.mapl.layout import pipeline_layout
 
 #: What the model and the loss take of a micro-batch, in the order of `get_batch`.
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 #: A loss that exceeds the largest one seen by this factor is reported as a spike.
 SPIKY_LOSS_FACTOR = 10
-
-
-def pipeline_layout(args: Any) -> Any:
-    """Megatron's `PipelineParallelLayerLayout` of --pipeline-model-parallel-layout, or None."""
-    layout = args.pipeline_model_parallel_layout
-    if isinstance(layout, str):  # Megatron parses it for the model's configuration alone
-        return PipelineParallelLayerLayout.from_str(layout, args.pipeline_model_parallel_size)
-    return layout
 
 
 def _computes_mtp(args: Any, vp_stage: int | None) -> bool:
@@ -240,3 +253,26 @@ def check_arguments(args: Any) -> None:
                 f"{flag} is not supported here: pretrain_gpt.py trains GPT models on unpacked "
                 "sequences; leave the flag out, or use Megatron-LM's own script for it"
             )
+
+
+def train(*, program_start: float) -> None:
+    """Runs the job that the command line describes, to its end.
+
+    Args:
+        program_start: when the process started, for Megatron's timing report.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        exit_with_error(error)
+    restarting_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    restarting_pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
+        get_embedding_ranks=get_embedding_ranks,
+    )

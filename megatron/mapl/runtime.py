@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class MaplRuntime:
-    """Built once by `pretraining.run` and handed to everything that hooks into Megatron.
+    """Built once from the flags (job_runtime.py) and handed to everything that hooks into Megatron.
 
     Attributes:
         config: the flags.

@@ -5,7 +5,6 @@ All mends stand in `MENDS`. They apply on CPU and GPU alike, change nothing wher
 show, and refuse to start when the symbol that they mend has moved.
 """
 
-import importlib.metadata
 import importlib.util
 import re
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from packaging.specifiers import SpecifierSet
 
+from megatron.mapl import versions
 from megatron.mapl.patching import replace
 
 
@@ -175,7 +175,7 @@ def install() -> None:
     Raises:
         RuntimeError: a mended symbol has moved.
     """
-    version = importlib.metadata.version("megatron-core")
+    version = versions.installed()
     for mend in MENDS:
         if version in SpecifierSet(mend.versions, prereleases=True):
             mend.apply()

@@ -161,5 +161,16 @@ def test_over_gloo_processes_leave_together(
     called: list[str] = []
     monkeypatch.setattr(pretraining, "leave_together", lambda: called.append("leave"))
     links: Any = SimpleNamespace(staged=staged, close=lambda: called.append("close"))
-    pretraining._finish(None, links, cpu_mode)
+    job = pretraining.Job(cpu_mode=cpu_mode)
+    job._links = links
+    job._finish_and_leave()
     assert called == expected
+
+
+def test_one_model_has_boundaries() -> None:
+    job = pretraining.Job(cpu_mode=True)
+    job._args, job._links = SimpleNamespace(), SimpleNamespace()  # type: ignore[assignment]
+    job._prepare()  # plain Megatron may train again, for instance after an in-process restart
+    job._runtime = SimpleNamespace()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"pretrain a second time, .*; train one model"):
+        job._prepare()

@@ -10,13 +10,21 @@ from megatron.mapl import cpu
 
 cpu.install()
 
+from megatron.training import arguments as megatron_arguments  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 import sweep_list  # noqa: E402
-from mapl.plan import plan_boundaries  # noqa: E402
-from megatron.mapl import arguments, pretraining  # noqa: E402
+from megatron.mapl import pretraining  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def job() -> pretraining.Job:
+    """With whose flags Megatron parses from here on."""
+    installed = pretraining.Job(cpu_mode=True)
+    installed.install()
+    return installed
 
 
 @pytest.mark.parametrize(
@@ -34,6 +42,7 @@ def test_flags_are_taken(
     rates: tuple[float, float | None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    job: pretraining.Job,
 ) -> None:
     (tmp_path / "data.json").write_text("{}")
     (tmp_path / "data.model").touch()
@@ -44,13 +53,12 @@ def test_flags_are_taken(
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *run.flags, *more.split()])
         unset_global_variables()
-        args = pretraining._parse(cpu_mode=True)
+        args = megatron_arguments.parse_and_validate_args()
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
         assert (args.lr, args.decoupled_lr) == rates
-        config = arguments.config_from_args(args)
-        assert (config is None) == run.uncompressed
-        if config is not None:
-            arguments.check_supported(args, config)
-            assert config.virtual_stages == 4
-            plan_boundaries(config, hidden_size=args.hidden_size, boundaries=3)
+        runtime = job._runtime
+        assert (runtime is None) == run.uncompressed
+        if runtime is not None:
+            assert runtime.config.virtual_stages == 4
+            assert len(runtime.plan.ranks) == 3

@@ -21,6 +21,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
+def _other_paths() -> list[str]:
+    """Where else this process was told to look for modules: for another Megatron."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 @dataclass
 class Result:
     """What a job left behind."""
@@ -88,7 +93,7 @@ class Cluster:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), *_other_paths()]),
             "PYTHONUNBUFFERED": "1",
         }
         self._output = (directory / "launcher.log").open("w")
@@ -108,6 +113,7 @@ class Cluster:
         arguments: list[str],
         *,
         plain: bool = False,
+        script: Path | None = None,
         rank_arguments: dict[int, list[str]] | None = None,
         environment: dict[str, str] | None = None,
         tamper: str = "",
@@ -120,6 +126,7 @@ class Cluster:
             world_size: processes.
             arguments: of pretrain_gpt.py.
             plain: run plain_megatron.py in its place.
+            script: run this one in its place, as `python -m megatron.mapl` does.
             rank_arguments: more arguments for single ranks.
             environment: more variables.
             tamper: a function of tampering.py, called in each process before the job.
@@ -133,6 +140,7 @@ class Cluster:
             "world_size": world_size,
             "arguments": arguments,
             "plain": plain,
+            "script": str(script) if script else "",
             "rank_arguments": rank_arguments or {},
             "environment": environment or {},
             "tamper": tamper,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job's process notes for the test, at full precision."""
 
-import time
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ def import_all() -> None:
     """Imports what a training job imports, and does once what each job would do again."""
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text  # with transformers
-    import megatron.core.tokenizers.text.models  # noqa: F401
+    import megatron.core.tokenizers.text.models
+    import megatron.training.datasets.fim_dataset
+    import megatron.training.inprocess_restart  # noqa: F401
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
@@ -88,8 +90,15 @@ def run(path: Path, job: dict[str, Any]) -> None:
             import plain_megatron
 
             plain_megatron.run()
+        elif job.get("script"):
+            from megatron.mapl import __main__ as entry
+
+            entry.main([job["script"], *sys.argv[1:]])
         else:
-            pretraining.run(program_start=time.time(), cpu_mode=job.get("cpu_mode", True))
+            import pretrain_gpt
+            from megatron.mapl import session
+
+            session.run(pretrain_gpt.train)
     finally:
         runtime = record.pop("runtime", None)
         if runtime is not None:

@@ -19,7 +19,7 @@ FRAMED: set[str] = set()
 
 def main(folder: Path, job: dict[str, Any]) -> None:
     """Runs the job with its arguments."""
-    cpu_mode = cpu.install()  # before anything imports Megatron
+    cpu.install()  # before anything imports Megatron
     import torch
 
     import recorder
@@ -33,7 +33,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
         around_payloads(lambda: torch.cuda.current_stream().synchronize())
     sys.argv = ["pretrain_gpt.py", *job["arguments"]]
     rank = os.environ["RANK"]
-    recorder.run(folder / f"record.{rank}", {"tamper": "", "plain": False, "cpu_mode": cpu_mode})
+    recorder.run(folder / f"record.{rank}", {"tamper": "", "plain": False})
     if job["around_payloads"]:
         # Both ends of a pipeline send; the first receives gradients, the last activations.
         assert "pack_body" in FRAMED and len(FRAMED) > 1, f"only {FRAMED} was framed"

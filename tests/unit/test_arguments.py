@@ -437,12 +437,13 @@ def report(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None
     """Reports bad input as a process with this environment does."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["somewhere/script.py", "--mapl-rank", "0"])
     with pytest.raises(SystemExit) as stop:
         errors.exit_with_error(ValueError("--mapl-rank 0 compresses nothing"))
     assert stop.value.code == 2
 
 
-LINE = "pretrain_gpt.py: error: --mapl-rank 0 compresses nothing\n"
+LINE = "script.py: error: --mapl-rank 0 compresses nothing\n"
 
 
 def test_the_first_process_reports(

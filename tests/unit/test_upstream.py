@@ -50,7 +50,7 @@ def test_mends_apply_to_their_versions_alone(
     done = []
     mend = upstream.Mend("a fault", ">=0.17,<0.20", lambda: done.append(True))
     monkeypatch.setattr(upstream, "MENDS", (mend,))
-    monkeypatch.setattr(upstream.importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(upstream.versions, "installed", lambda: version)
     upstream.install()
     assert done == [True] * applied
 
