@@ -74,4 +74,3 @@ def simulate(step: Step) -> Course:
     floor = step.compute_floor
     bubble = max(ends) / floor - 1 if floor else float("inf")
     return Course(max(ends), bubble, {key: way.busy for key, way in ways.items()})
-

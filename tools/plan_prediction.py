@@ -201,9 +201,7 @@ def _chunks(
     return tuple(chunks)
 
 
-def _projection_flops(
-    plan: BoundaryPlan, boundary: int, setting: Setting, *, sends: bool
-) -> float:
+def _projection_flops(plan: BoundaryPlan, boundary: int, setting: Setting, *, sends: bool) -> float:
     """Of one side of a boundary for a token, forward: 2 d r and what an anchor of rank r_a adds.
 
     The sender forms X A − C (P A), the receiver [Z | C] [Aᵀ; P]: 2 r_a r and 2 r_a d more. Backward
