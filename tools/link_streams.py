@@ -13,9 +13,6 @@ _PINGS = 30
 _ROUNDS = 3
 #: Bytes of the first stream, from which it grows to take its time, and of one of its messages.
 _FIRST, _MESSAGE = 64 << 10, 8 << 20
-#: A round is the difference between a stream and one of this part of it: what does not grow with
-#: the bytes, latency and start, falls out.
-_PART = 0.25
 
 
 class Pair:
@@ -29,6 +26,7 @@ class Pair:
 
     def __init__(self, peer: int, *, first: bool, seconds: float, device: torch.device) -> None:
         self._peer, self._first, self._seconds, self._device = peer, first, seconds, device
+        self._latency = 0.0
 
     def latency(self) -> float:
         """Seconds one way: half of what 8 bytes take there and back, the median of many tries."""
@@ -40,10 +38,14 @@ class Pair:
             for operation in order:
                 self._wait([(operation, word)])
             tries.append(time.perf_counter() - start)
-        return statistics.median(tries) / 2
+        self._latency = statistics.median(tries) / 2
+        return self._latency
 
     def incoming(self, *, sends: bool, receives: bool) -> list[float]:
-        """Mbit/s of what comes in, of each round; nothing if this end does not receive."""
+        """Mbit/s of what comes in, of each round; nothing if this end does not receive.
+
+        To be called after `latency`.
+        """
         out, into = _FIRST * sends, _FIRST * receives
         while True:
             came = self._stream(out, into)
@@ -53,10 +55,10 @@ class Pair:
             out, into = self._grown(out, went), self._grown(into, came)
         rates = []
         for _ in range(_ROUNDS):
-            part = self._stream(int(out * _PART), int(into * _PART))
-            whole = self._stream(out, into)
+            came = self._stream(out, into)
             if receives:
-                rates.append((into - int(into * _PART)) * 8 / max(whole - part, 1e-9) / 1e6)
+                # The first byte comes a latency after both have begun, and then all the others.
+                rates.append(into * 8 / max(came - self._latency, came / 2) / 1e6)
         return rates
 
     def _is_long_enough(self, taken: float, in_use: bool) -> bool:

@@ -35,8 +35,17 @@ class Recommendation:
 
     @property
     def command_line(self) -> str:
-        """The flags to paste; nothing for plain Megatron."""
-        return self.prediction.setting.command_line
+        """The flags to paste, the codecs always among them; nothing for plain Megatron."""
+        setting = self.prediction.setting
+        if (config := setting.config) is None:
+            return ""
+        named = {
+            "rank": config.rank,
+            "anchor": config.anchor,
+            "forward_codec": config.forward_codec,
+            "backward_codec": config.backward_codec,
+        }
+        return replace(setting, flags={**named, **setting.flags}).command_line
 
 
 def recommend(

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline_step import Link
 from plan_gaps import Gaps
 from plan_job import Job
+from plan_memory import added_bytes
 from plan_prediction import Machine, Prediction
 from plan_recommendation import TOLERANCE, Recommendation
 from text_table import columns
@@ -154,7 +155,8 @@ def _said_recommendation(plan: Plan) -> list[str]:
             *_said_boundaries(prediction),
             f"  As {advice.measured.name}: gap {advice.measured.gap:+.2f}%, step "
             f"{prediction.seconds:,.3g} s, {prediction.tokens_per_second:,.0f} tokens/s, "
-            f"{speed_up:.2f}× as fast as uncompressed, {prediction.ratio:.2f}× fewer bytes.",
+            f"{speed_up:.2f}× as fast as uncompressed, {prediction.ratio:.2f}× fewer bytes. "
+            f"It adds at most {added_bytes(prediction) / 2**30:,.2f} GiB to a device's memory.",
         ]
     return [*lines, *_said_gaps(plan)]
 
@@ -217,13 +219,14 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "recommendation": {
             "max_gap": advice.budget,
             "measured_as": None if advice.measured is None else advice.measured.name,
-            "flags": advice.command_line,
             "boundaries": [] if settled is None else [
                 {"rank": rank, "forward_codec": forward, "backward_codec": backward}
                 for rank, forward, backward in zip(
                     settled.ranks, settled.forward_codecs, settled.backward_codecs, strict=True)
             ],
             **_figures(advice.prediction),
+            "flags": advice.command_line,
+            "added_memory_bytes": added_bytes(advice.prediction),
         },
     }  # fmt: skip
 

@@ -22,6 +22,7 @@ from link_measurements import Measured, Measurements
 from mapl.plan import plan_boundaries
 from pipeline_step import Direction, Link
 from plan_job import Job
+from plan_memory import added_bytes
 from plan_prediction import Machine, link_count, predict, unlimited_seconds
 from plan_recommendation import recommend
 from plan_settings import Setting
@@ -94,10 +95,28 @@ def test_flags_to_paste_are_read_again(tmp_path: Path) -> None:
     assert config is not None
     assert [bool(rank) for rank in config.rank] == [False, True, False]
     settled = plan_boundaries(config, hidden_size=1024, boundaries=3)
+    assert "--mapl-forward-codec int8 --mapl-backward-codec int4" in advice["flags"]
     assert [entry["rank"] for entry in advice["boundaries"]] == list(settled.ranks)
     assert [entry["forward_codec"] for entry in advice["boundaries"]] == [
         *("pipeline", settled.forward_codecs[1], "pipeline")
     ]
+
+
+def test_memory_is_that_of_the_formula() -> None:
+    """README's cluster job: 168 M parameters of tables on a GPU, 18 bytes each, and more."""
+    job = dataclasses.replace(
+        JOB, hidden_size=4096, vocab_size=32000, tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=8, sequence_parallel=True, seq_length=4096,
+    )  # fmt: skip
+    assert added_bytes(predict(job, Setting("", {}), machine(100, job=job))) == 0
+    sizes = {}
+    for anchor in ("bigram", "factorized", "none"):
+        flags = {"rank": [1280], "anchor": anchor}
+        sizes[anchor] = added_bytes(predict(job, Setting("", flags), machine(100, job=job)))
+    tables = (32768 + 131072) * 1024
+    assert 0 < sizes["bigram"] - sizes["factorized"] - 131072 * 1024 * 24 < 2**28
+    assert sizes["bigram"] > tables * 18 > sizes["factorized"] > 32768 * 1024 * 18
+    assert sizes["none"] < sizes["factorized"]
 
 
 def test_what_holds_a_step_up_is_named() -> None:
