@@ -119,10 +119,15 @@ def _ends(plan: Plan) -> list[tuple[int, int, Link]]:
 
 def _said_link(link: Link) -> str:
     ways = [
-        f"{way.bits_a_second / 1e6:,.4g} Mbit/s, {way.latency * 1e3:.3g} ms"
+        f"{_digits(way.bits_a_second / 1e6)} Mbit/s, {way.latency * 1e3:.3g} ms"
         for way in (link.onward, link.back)
     ]
     return ways[0] if ways[0] == ways[1] else f"{ways[0]}; back {ways[1]}"
+
+
+def _digits(number: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def _cells(prediction: Prediction, plain: Prediction) -> list[str]:
@@ -131,7 +136,7 @@ def _cells(prediction: Prediction, plain: Prediction) -> list[str]:
         prediction.setting.name,
         "–" if gap is None else f"{gap:+.2f}%",
         f"{prediction.ratio:.2f}×",
-        f"{prediction.seconds:,.3g}" if prediction.seconds < 100 else f"{prediction.seconds:,.0f}",
+        _digits(prediction.seconds),
         f"{prediction.tokens_per_second:,.0f}",
         f"{prediction.course.bubble:,.0%}",
         f"{plain.seconds / prediction.seconds:.2f}×",
@@ -154,7 +159,7 @@ def _said_recommendation(plan: Plan) -> list[str]:
             f"  {advice.command_line}",
             *_said_boundaries(prediction),
             f"  As {advice.measured.name}: gap {advice.measured.gap:+.2f}%, step "
-            f"{prediction.seconds:,.3g} s, {prediction.tokens_per_second:,.0f} tokens/s, "
+            f"{_digits(prediction.seconds)} s, {prediction.tokens_per_second:,.0f} tokens/s, "
             f"{speed_up:.2f}× as fast as uncompressed, {prediction.ratio:.2f}× fewer bytes. "
             f"It adds at most {added_bytes(prediction) / 2**30:,.2f} GiB to a device's memory.",
         ]
@@ -183,7 +188,7 @@ def _said_boundaries(prediction: Prediction) -> list[str]:
     each = [
         f"rank {rank}, {forward} forward, {backward} back"
         if rank
-        else "uncompressed, its link is fast enough"
+        else "uncompressed, which costs next to nothing"
         for rank, forward, backward in zip(
             settled.ranks, settled.forward_codecs, settled.backward_codecs, strict=True
         )

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mapl.config import MaplConfig
 from mapl.presets import with_preset
@@ -137,7 +137,7 @@ def _grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def _value(flag: str, values: list[str], kind: Any) -> Any:
     """Values as the field of a dataclass has them."""
-    if get_origin(kind) is types.UnionType:
+    if get_origin(kind) in (types.UnionType, Union):
         kind = next(option for option in get_args(kind) if option is not type(None))
     one = get_args(kind)[0] if get_origin(kind) is list else kind
     try:

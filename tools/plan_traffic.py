@@ -28,6 +28,7 @@ def boundaries(job: Job, config: MaplConfig, plan: BoundaryPlan) -> tuple[Bounda
 
 def _boundary(job: Job, config: MaplConfig, plan: BoundaryPlan, number: int) -> Boundary:
     compressed = bool(plan.ranks[number])
+    virtual = job.num_virtual_stages_per_pipeline_rank > 1
     what = replace(
         _plain_job(job),
         rank=plan.width(number),
@@ -35,7 +36,7 @@ def _boundary(job: Job, config: MaplConfig, plan: BoundaryPlan, number: int) -> 
         backward_codec=plan.backward_codecs[number],
         projector_exchange=config.projector_exchange,
         no_tensor_parallel_split=not config.tensor_parallel_split,
-        token_ids=config.anchor != "none" and any(plan.ranks[number:]),
+        token_ids=config.anchor != "none" and (virtual or any(plan.ranks[number:])),
         exchanges=compressed and config.projector in _LEARNED,
         codecs=config.codec_settings,
     )

@@ -24,6 +24,10 @@ CASES = {
         "--mapl-rank 8 16 24 --mapl-anchor bigram --mapl-forward-codec int8 rvq pipeline "
         "--mapl-backward-codec int8 pipeline topk --mapl-rvq-sync full --mapl-topk 3",
     ),
+    "virtual stages, the link back uncompressed": (
+        "pp2-vpp2-overlapped",
+        "--mapl-rank 16 0 16 --mapl-forward-codec int8 --mapl-backward-codec int4",
+    ),
     "without a projector, by two ranks each": (
         "tp2-pp2",
         "--mapl-rank 64 --mapl-projector none --mapl-anchor none --mapl-forward-codec int8 "
@@ -36,12 +40,14 @@ CASES = {
 def test_bytes_of_each_boundary(cluster: Cluster, name: str) -> None:
     layout, flags = CASES[name]
     command = LAYOUTS[layout].command(flags)
-    result = cluster.run_once(4, command)
+    result = cluster.run_once(LAYOUTS[layout].world_size, command)
     split = 2 if layout == "tp2-pp2" else 1
     job = Job(
         num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, vocab_size=256,
         micro_batch_size=2, global_batch_size=16, swiglu=True, dtype="fp32",
-        pipeline_model_parallel_size=4 // split, tensor_model_parallel_size=split,
+        pipeline_model_parallel_size=LAYOUTS[layout].world_size // split,
+        tensor_model_parallel_size=split,
+        num_virtual_stages_per_pipeline_rank=2 if "vpp2" in layout else 1,
     )  # fmt: skip
     config = plan_settings.Setting(name, plan_settings.read(command)).config
     assert config is not None
