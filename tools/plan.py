@@ -3,9 +3,10 @@
 
     python tools/plan.py --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --swiglu \\
         --num-attention-heads 32 --seq-length 4096 --vocab-size 32000 \\
-        --micro-batch-size 1 --global-batch-size 256 \\
-        --pipeline-model-parallel-size 8 --tensor-model-parallel-size 8 --sequence-parallel \\
-        --bandwidth 1000 --latency 10 --device-tflops 989 --mfu 0.4 --max-gap 1
+        --micro-batch-size 1 --global-batch-size 64 \\
+        --pipeline-model-parallel-size 4 --tensor-model-parallel-size 8 --sequence-parallel \\
+        --bandwidth 100000 1000 100000 --latency 0.05 10 0.05 \\
+        --device-tflops 989 --mfu 0.4 --max-gap 1
 
 Takes Megatron's flags for the model and its pipeline. Links are given (--bandwidth, --latency: a
 number for all, or one for each) or measured (--links, from tools/measure_links.py). How fast a

@@ -57,6 +57,8 @@ class Job:
                 "or more"
             )
         self._divides("hidden_size", "num_attention_heads", self.kv_channels is None)
+        if self.num_query_groups is not None:
+            self._divides("num_attention_heads", "num_query_groups")
         self._divides("global_batch_size", "micro_batch_size")
         self._divides("seq_length", "tensor_model_parallel_size", self.sequence_parallel)
         chunks = self.chunks

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +443,23 @@ def test_bytes_count_for_the_whole_step() -> None:
     once = each.step_onward + each.step_back
     assert once > 2 * 1024 * 64 * 4
     assert prediction.sent == 3 * (16 * (each.forward + each.backward) + once)
+
+
+DOCS = (ROOT / "docs" / "planning.md").read_text()
+
+
+def test_the_docs_have_what_the_command_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = re.search(r"python tools/plan\.py (.*?)\n\n", DOCS, re.DOTALL)
+    assert command is not None
+    assert call(tmp_path, command[1].replace("\\\n", " ")) == 0
+    text = capsys.readouterr().out.split("\nWritten: ")[0]
+    assert textwrap.indent(text, "    ") in DOCS
+
+
+def test_the_docs_state_the_errors_of_the_bench() -> None:
+    results = Results.from_json((ROOT / "docs" / "planning-bench.json").read_text())
+    table, errors = check_plan.page(check_plan.check(results), markdown=True).split("\n\n")
+    assert table in DOCS
+    assert errors in DOCS.replace("\n", " ")
