@@ -91,6 +91,18 @@ def plan_boundaries(
     return settled
 
 
+def payloads_ahead(config: MaplConfig, *, backend: str, virtual: bool) -> int:
+    """How many payloads of each direction are received ahead, by the user's wish or by default.
+
+    Args:
+        backend: of torch.distributed between the stages.
+        virtual: whether a process holds several stages.
+    """
+    if config.receive_ahead is not None:
+        return config.receive_ahead
+    return 2 if backend == "gloo" and not virtual else 0
+
+
 def _projector_starts(first: int | None, ranks: Sequence[int]) -> tuple[int | None, ...]:
     """Boundary p in step N + p, after all before it, if it is compressed."""
     return tuple(

@@ -28,6 +28,7 @@ class Row:
         seconds: of the steps' time.
         tokens_per_second: at the median step.
         curve: training loss by tokens.
+        flags: of pretrain_gpt.py, as the list has them.
     """
 
     setting: str
@@ -45,6 +46,7 @@ class Row:
     seconds: float | None = None
     tokens_per_second: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -72,7 +74,10 @@ def collect(folders: Sequence[RunFolder]) -> list[Row]:
 
 def _row(folder: RunFolder) -> Row:
     run = folder.run
-    row = Row(run.setting, run.seed, run.label, run.group, run.uncompressed, "finished", run.tokens)
+    row = Row(
+        run.setting, run.seed, run.label, run.group, run.uncompressed, "finished", run.tokens,
+        flags=run.flags,
+    )  # fmt: skip
     result = folder.result
     if result is None:
         state = f"crashed: {folder.failure}" if folder.failure is not None else "not started"

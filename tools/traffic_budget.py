@@ -42,7 +42,12 @@ _EXCHANGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a boundary's traffic depends on; the fields are named as the flags."""
+    """What a boundary's traffic depends on; the fields are named as the flags.
+
+    Attributes:
+        token_ids: whether they go along forward: with an anchor, here or at a later boundary.
+        exchanges: whether its sides exchange a projector's gradient.
+    """
 
     hidden_size: int
     rank: int
@@ -57,6 +62,8 @@ class Job:
     forward_codec: str = _DEFAULTS.forward_codec[0]
     backward_codec: str = _DEFAULTS.backward_codec[0]
     projector_exchange: str = "fp32"
+    token_ids: bool = True
+    exchanges: bool = True
     codecs: CodecSettings = field(default_factory=CodecSettings)
 
 
@@ -99,7 +106,7 @@ def budget(job: Job) -> dict[str, Any]:
 def _channel(job: Job, direction: Direction, name: str, role: Role, share: Share) -> Channel:
     codec = build_codec(name, _end(job, role, share))
     layout = PayloadLayout(0, direction, vocab_size=job.vocab_size)
-    ids = direction is Direction.FORWARD
+    ids = job.token_ids and direction is Direction.FORWARD
     return Channel(layout, job.rank, codec, carries_ids=ids, share=share)
 
 
@@ -127,7 +134,9 @@ def _count_whole_codebooks(job: Job, ledger: Ledger) -> None:
 
 
 def _count_projector(job: Job, ledger: Ledger) -> None:
-    """Both sides send their term."""
+    """Both sides send their term, if there is a projector with a gradient."""
+    if not job.exchanges:
+        return
     size = job.hidden_size * job.rank * _EXCHANGE[job.projector_exchange].itemsize
     for _ in range(2):
         _count_parcels(job, ledger, Direction.PROJECTOR, "projector", size)

@@ -14,7 +14,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from mapl.codecs import check_lowrank
 from mapl.config import EmulationConfig, MaplConfig
 from mapl.ops.dispatch import VARIABLE as OPS_VARIABLE
-from mapl.plan import BoundaryPlan
+from mapl.plan import BoundaryPlan, payloads_ahead
 from mapl.presets import PresetConfig, with_preset
 from megatron.mapl import subspace
 from megatron.mapl.layout import pipeline_layout
@@ -271,10 +271,8 @@ def _tokens_sent(args: Any, config: MaplConfig) -> int:
 
 def receive_ahead(args: Any, config: MaplConfig) -> int:
     """How many payloads are received ahead, by the user's wish or by default."""
-    if config.receive_ahead is not None:
-        return config.receive_ahead
-    virtual = args.virtual_pipeline_model_parallel_size
-    return 2 if args.distributed_backend == "gloo" and virtual is None else 0
+    virtual = args.virtual_pipeline_model_parallel_size is not None
+    return payloads_ahead(config, backend=args.distributed_backend, virtual=virtual)
 
 
 def _check_virtual_stages(stages: int, args: Any) -> None:

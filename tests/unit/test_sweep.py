@@ -168,6 +168,7 @@ def test_runs_once_and_tells_what_it_came_to(tmp_path: Path) -> None:
     assert (plain["traffic"]["forward"], plain["ratio"]) == (128, 1)
     assert rank["seconds"] == pytest.approx(0.2)
     assert rank["tokens_per_second"] == pytest.approx(400)
+    assert rank["flags"][-4:] == ["--mapl-rank", "16", "--seed", "1234"]
     assert not (tmp_path / "out" / "r16" / "checkpoint").exists()
     for name in ("pareto.png", "losses.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
