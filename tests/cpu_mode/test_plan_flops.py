@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """plan.py counts floating-point operations and chooses receiving ahead as Megatron's side does."""
 
-import sys
-
 import pytest
+from conftest import Parse
+from megatron.training.training import num_floating_point_operations
 
-from megatron.mapl import cpu
-
-cpu.install()
-
-from megatron.training.global_vars import unset_global_variables  # noqa: E402
-from megatron.training.training import num_floating_point_operations  # noqa: E402
-
-import plan_settings  # noqa: E402
-from megatron.mapl import arguments, pretraining  # noqa: E402
-from plan_job import Job  # noqa: E402
+import plan_settings
+from megatron.mapl import job_runtime
+from plan_job import Job
 
 SHAPES = {
     "llama": {"swiglu": True, "ffn_hidden_size": 688},
@@ -25,7 +18,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_as_many_as_megatron_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_as_megatron_counts(name: str, parse: Parse) -> None:
     shape = {
         "num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 128,
         "vocab_size": 1000, "micro_batch_size": 1, "global_batch_size": 8, **SHAPES[name],
@@ -41,10 +34,8 @@ def test_as_many_as_megatron_counts(name: str, monkeypatch: pytest.MonkeyPatch) 
             flags += [flag, str(int(value) - 1)]
         else:
             flags += [flag] if value is True else [flag, str(value)]
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
-    unset_global_variables()
-    args = pretraining._parse(cpu_mode=True)
-    args.padded_vocab_size = pretraining._padded_vocab_size(args)
+    args, _ = parse(flags)
+    args.padded_vocab_size = job_runtime._padded_vocab_size(args)
     assert args.ffn_hidden_size == job.ffn_width
     assert args.padded_vocab_size == job.padded_vocab_size
     assert num_floating_point_operations(args, 8) == job.flops_a_token * job.step_tokens
@@ -59,17 +50,15 @@ def test_as_many_as_megatron_counts(name: str, monkeypatch: pytest.MonkeyPatch) 
         "--mapl-topk 3 --mapl-no-tensor-parallel-split --mapl-receive-ahead 0",
     ],
 )
-def test_reads_settings_as_megatron_does(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_settings_as_megatron_does(flags: str, parse: Parse) -> None:
     """Without Megatron, from a line of flags."""
     model = (
         "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 16 "
         "--max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 4 --train-iters 1 "
         "--lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 100"
     )
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *model.split(), *flags.split()])
-    unset_global_variables()
-    config = arguments.config_from_args(pretraining._parse(cpu_mode=True))
+    _, runtime = parse([*model.split(), *flags.split()])
     read = plan_settings.Setting("", plan_settings.read([*model.split(), *flags.split()]))
-    assert read.config == config
+    assert read.config == runtime.config
     again = plan_settings.Setting("", plan_settings.read(read.command_line.split()))
-    assert again.config == config
+    assert again.config == runtime.config

@@ -12,22 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Parse
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.mapl import cpu
-
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
-from megatron.training.global_vars import unset_global_variables  # noqa: E402
-from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
-
-import traffic_budget  # noqa: E402
-from mapl.plan import plan_boundaries  # noqa: E402
-from megatron.mapl import arguments, pretraining  # noqa: E402
+import traffic_budget
 
 LLAMA = Path(__file__).parent.parent.parent / "examples" / "llama"
 RECIPES = sorted(path.stem for path in (LLAMA / "recipes").glob("*.flags") if path.stem != "common")
@@ -48,12 +41,12 @@ def flags(recipe: str, *, plain: bool = False) -> list[str]:
     return read.stdout.decode().splitlines()
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, words: list[str], world_size: int) -> Any:
+def parsed(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, words: list[str], world_size: int
+) -> tuple[Any, Any]:
     more = "--mock-data --tokenizer-type NullTokenizer --save nowhere --load nowhere"
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words, *more.split()])
-    unset_global_variables()
-    return pretraining._parse(cpu_mode=True)
+    return parse([*words, *more.split()])
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +64,11 @@ def lone_process() -> Iterator[None]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_megatron_counts_as_many_parameters(
-    recipe: str, lone_process: None, monkeypatch: pytest.MonkeyPatch
+    recipe: str, lone_process: None, parse: Parse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (LLAMA / "recipes" / f"{recipe}.flags").read_text()
     alone = "--pipeline-model-parallel-size 1 --tensor-model-parallel-size 1".split()
-    args = parse(monkeypatch, [*flags(recipe, plain=True), *alone], 1)
+    args, _ = parsed(parse, monkeypatch, [*flags(recipe, plain=True), *alone], 1)
     config = gpt_config_from_args(args)
     with FakeTensorMode():  # shapes without memory
         model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
@@ -91,19 +84,19 @@ def test_megatron_counts_as_many_parameters(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_are_taken_and_save_what_they_promise(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: str,
+    parse: Parse,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = flags(recipe)
     model = 4 * 8 if recipe in ("7b", "8b") else 2 if recipe == "tiny" else 4
     replicas = 1 if recipe == "tiny" else 2
-    args = parse(monkeypatch, words, model * replicas)
+    args, runtime = parsed(parse, monkeypatch, words, model * replicas)
     assert args.data_parallel_size == replicas
     assert args.exit_signal_handler and args.bf16
-    config = arguments.config_from_args(args)
-    assert config is not None
-    arguments.check_supported(args, config)
-    stages = args.pipeline_model_parallel_size
-    plan_boundaries(config, hidden_size=args.hidden_size, boundaries=stages - 1)
+    config = runtime.config
+    assert len(runtime.plan.ranks) == args.pipeline_model_parallel_size - 1
     if recipe in MUON_LR:
         assert (args.optimizer, args.lr) == ("muon", MUON_LR[recipe])
         assert args.decoupled_lr == args.lr / 2

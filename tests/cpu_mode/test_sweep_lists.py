@@ -1,30 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lists of tools/sweeps: Megatron and MAPL take the flags of every run in them."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Parse
 
-from megatron.mapl import cpu
-
-cpu.install()
-
-from megatron.training import arguments as megatron_arguments  # noqa: E402
-from megatron.training.global_vars import unset_global_variables  # noqa: E402
-
-import sweep_list  # noqa: E402
-from megatron.mapl import pretraining  # noqa: E402
+import sweep_list
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def job() -> pretraining.Job:
-    """With whose flags Megatron parses from here on."""
-    installed = pretraining.Job(cpu_mode=True)
-    installed.install()
-    return installed
 
 
 @pytest.mark.parametrize(
@@ -41,8 +25,7 @@ def test_flags_are_taken(
     least: int,
     rates: tuple[float, float | None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    job: pretraining.Job,
+    parse: Parse,
 ) -> None:
     (tmp_path / "data.json").write_text("{}")
     (tmp_path / "data.model").touch()
@@ -51,13 +34,10 @@ def test_flags_are_taken(
     for run in plan.runs:
         more = f"--save {tmp_path} --save-interval 1 --exit-signal-handler"
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *run.flags, *more.split()])
-        unset_global_variables()
-        args = megatron_arguments.parse_and_validate_args()
+        args, runtime = parse([*run.flags, *more.split()])
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
         assert (args.lr, args.decoupled_lr) == rates
-        runtime = job._runtime
         assert (runtime is None) == run.uncompressed
         if runtime is not None:
             assert runtime.config.virtual_stages == 4

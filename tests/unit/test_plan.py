@@ -248,7 +248,7 @@ def test_the_gaps_are_those_of_the_search() -> None:
     listed = sweep_list.read(ROOT / "tools" / "sweeps" / "search.toml", None, to_run=False)
     flags = {run.setting: list(run.flags) for run in listed.runs}
     rows = {row["setting"]: row for row in json.loads(plan.GAPS.read_text())}
-    assert {name: row["flags"] for name, row in rows.items()} == flags
+    assert rows and all(row["flags"] == flags[name] for name, row in rows.items())
     found = 0
     for line in (ROOT / "docs" / "search.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
