@@ -43,14 +43,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        os.umask(mask := os.umask(0))  # a temporary folder is its owner's alone; this one is not
-        temporary.chmod(0o777 & ~mask)
         yield temporary
         check_free(path)
+        _open_to_others(temporary)
         os.replace(temporary, path)  # over an empty folder, if there is one
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Temporary folders and safetensors' files are their owner's alone; these get usual rights."""
+    os.umask(mask := os.umask(0))
+    folder.chmod(0o777 & ~mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 def check_free(path: Path) -> None:
