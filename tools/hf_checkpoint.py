@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -217,15 +218,19 @@ def write_checkpoint(
         args: Megatron's arguments that tell the model's shape.
         layers: keys of modules that have an (empty) extra state, which Megatron asks for.
     """
-    release = folder / "release"
+    release, count = folder / "release", args.num_layers
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    state: dict[str, Any] = dict(tensors)
-    count = args.num_layers
+    # Megatron keeps each object as a list of one.
+    state: dict[str, Any] = {**tensors, _COMMON_KEY: [common]}
     for key in layers:
         for layer in range(count):
             state[f"{key}._extra_state/shard_{layer}_{count}"] = [None]
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(release), no_dist=True)
-    torch.save(common, release / _COMMON_FILE)
+    dcp.save(
+        state,
+        storage_writer=dcp.FileSystemWriter(release),
+        planner=DefaultSavePlanner(flatten_state_dict=False),
+        no_dist=True,
+    )
     (release / _FORMAT_FILE).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )

@@ -158,7 +158,8 @@ def test_loss_is_megatrons_validation_loss(defaults: Trained, exact: Path) -> No
     assert record["loss"]["trained"] == pytest.approx(defaults.result.validation[0], rel=1e-6)
     assert record["data"]["samples"] == 16
     model = load(exact)
-    losses = [float(model(ids[None], labels=ids[None]).loss) for ids in defaults.ids]
+    with torch.no_grad():
+        losses = [float(model(ids[None], labels=ids[None]).loss) for ids in defaults.ids]
     expected = torch.nn.functional.cross_entropy(
         defaults.logits[:, :-1].flatten(0, 1), defaults.ids[:, 1:].flatten()
     )
@@ -187,16 +188,18 @@ def test_other_boundaries(cluster: Cluster, tmp_path: Path, name: str) -> None:
     trained = train(cluster, tmp_path / "megatron", Layout(1, more))
     model = load(export(trained, tmp_path / "exact"))
     difference = (logits_of(model, trained.ids) - trained.logits[..., :255]).abs().amax(-1)
+    print(name, difference.max(), (difference > 1e-5).sum(), difference.numel())
     # Where a number lies on the edge between two codes, the last bit of a GEMM decides; then this
     # token's logits, and a little the later ones', are another rounding's.
     assert (difference < 1e-5).float().mean() > 0.95
     assert difference.max() < 0.05
-    without = logits_of(LlamaForCausalLM.from_pretrained(without_boundaries(trained, tmp_path)), trained.ids)
-    assert (without - trained.logits[..., :255]).abs().max() > 10 * difference.max()
-
-
-def without_boundaries(trained: Trained, folder: Path) -> Path:
-    return export(trained, folder / "plain", "--export", "plain")
+    for layer in model.model.layers:
+        layer.boundary = None
+    plain = logits_of(model, trained.ids)
+    if name != "subspace":  # whose boundaries lose nothing but by int8
+        assert (plain - trained.logits[..., :255]).abs().max() > 10 * difference.max()
+    folder = export(trained, tmp_path / "plain", "--export", "plain")
+    torch.testing.assert_close(logits_of(LlamaForCausalLM.from_pretrained(folder), trained.ids), plain)
 
 
 def test_generation_with_a_cache(exact: Path) -> None:
@@ -276,6 +279,12 @@ def model_tensors(checkpoint: MegatronCheckpoint) -> dict[str, Tensor]:
     return {key: checkpoint.read(key) for key in keys}
 
 
+def model_objects(checkpoint: MegatronCheckpoint) -> set[str]:
+    """The keys of what is no tensor, but of the state of a run."""
+    ours = ("rng_state", "rerun_state", "optimizer", "chained_")
+    return {key for key in checkpoint._objects if not key.startswith(ours)}
+
+
 @pytest.mark.parametrize("which", ["defaults", "paper"])
 def test_round_trips(request: pytest.FixtureRequest, tmp_path: Path, which: str) -> None:
     """Megatron → Hugging Face → Megatron → Hugging Face: the same bits, without padding."""
@@ -287,6 +296,7 @@ def test_round_trips(request: pytest.FixtureRequest, tmp_path: Path, which: str)
     size = after.shape("embedding.word_embeddings.weight")[0]
     expected, found = model_tensors(before), model_tensors(after)
     assert expected.keys() == found.keys()
+    assert model_objects(before) == model_objects(after)
     for key, tensor in expected.items():
         whole = key.startswith("decoder.")
         assert torch.equal(tensor if whole else tensor[:size], found[key]), key
@@ -331,7 +341,8 @@ def test_megatron_loads_it_in_any_layout(
 def test_training_goes_on_through_fresh_boundaries(
     cluster: Cluster, imported: tuple[Path, list[str]], plain: Path, corpus: Path
 ) -> None:
-    data = f"--data-path {corpus}_train --split 100,0,0 --data-cache-path {corpus}-cache {PP2}"
+    data = f"--train-data-path {corpus}_train --valid-data-path {corpus}_valid {PP2}"
+    data += f" --test-data-path {corpus}_valid --data-cache-path {corpus}-cache"
     boundaries = "--mapl-rank 64 --mapl-checkpoint fresh"  # square projectors lose nothing at first
     result = cluster.run(2, [*imported[1], *f"{RUN} {data} {boundaries}".split()])
     assert "start anew, because it holds a model without MAPL boundaries" in result.log
@@ -350,7 +361,7 @@ def test_nothing_half_written(defaults: Trained, exact: Path, tmp_path: Path, ca
         return error
 
     assert "--data /nowhere" in refused("--data", "/nowhere")
-    assert "--tokenizer-model /nowhere" in refused("--tokenizer-model", "/nowhere") or True
+    assert "/nowhere, is not on this machine" in refused("--tokenizer-model", "/nowhere")
     assert convert_to_hf.main(["--load", str(defaults.folder), "--output", str(exact)]) == 2
     assert f"--output {exact} exists" in capsys.readouterr().err
     assert "is an exact export" in imported_error(exact, tmp_path / "out", capsys)
