@@ -95,8 +95,10 @@ class Source:
         self, checkpoint: MegatronCheckpoint, boundaries: Boundaries | None, tokenizer: Tokenizer
     ) -> None:
         self.checkpoint, self.boundaries, self.tokenizer = checkpoint, boundaries, tokenizer
-        padded = checkpoint.shape(EMBEDDING)[0] if EMBEDDING in checkpoint.tensors else 0
-        if padded and tokenizer.size > padded:
+        if EMBEDDING not in checkpoint.tensors:
+            raise ConversionError(f"--load {checkpoint.folder} has no {EMBEDDING}: it is no model")
+        padded = checkpoint.shape(EMBEDDING)[0]
+        if tokenizer.size > padded:
             raise ConversionError(
                 f"the tokenizer has {tokenizer.size} tokens, the model's embedding {padded}; give "
                 "the tokenizer that it was trained with (--tokenizer-model)"
@@ -108,9 +110,9 @@ class Source:
 
         from mapl_llama.configuration_mapl_llama import MaplLlamaConfig
 
-        dtype = self.checkpoint.dtype(EMBEDDING) if EMBEDDING in self.checkpoint.tensors else None
+        dtype = self.checkpoint.dtype(EMBEDDING)
         size, special = self.tokenizer.size, self.tokenizer.special_ids()
-        settings = llama_settings(self.checkpoint.args, size, dtype or torch.float32) | special
+        settings = llama_settings(self.checkpoint.args, size, dtype) | special
         boundaries = self.boundaries
         if exact:
             assert boundaries is not None
@@ -122,7 +124,7 @@ class Source:
         table = None if boundaries is None else boundaries.embedding_table
         weights = to_hugging_face(self.checkpoint, config, table)
         if exact:
-            assert boundaries is not None and dtype is not None
+            assert boundaries is not None
             weights |= boundaries.weights(size, dtype)
             for file in sorted(_CODE.glob("*.py")):
                 shutil.copyfile(file, folder / file.name)

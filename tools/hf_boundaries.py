@@ -148,7 +148,7 @@ class Boundaries:
         return self.checkpoint.read(key)[:count]
 
     def _operand(self, number: int, dtype: torch.dtype, direction: Any) -> Tensor:
-        """[A ; −P A] of the sending stage or [Aᵀ ; P] of the receiving one, as training forms it."""
+        """[A ; −P A] of the sending stage or [Aᵀ ; P] of the receiving one, as in training."""
         a = self.checkpoint.read(self._expect(f"mapl.cut_{self.cuts[number]}.A"))
         basis = None
         if self._has_basis:

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
 
 #: Megatron's key, in older and in newer versions, of what is no tensor.
 _COMMON_FILE, _COMMON_KEY = "common.pt", "common_state/shard_0_1"
@@ -89,7 +90,7 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.folder = _iteration_folder(directory)
-        self._reader = dcp.FileSystemReader(self.folder)
+        self._reader = FileSystemReader(self.folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {}
@@ -135,7 +136,9 @@ class MegatronCheckpoint:
             common = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
         elif _COMMON_KEY in self._objects:
             (item,) = [
-                info for index, info in self._reader.storage_data.items() if index.fqn == _COMMON_KEY
+                info
+                for index, info in self._reader.storage_data.items()
+                if index.fqn == _COMMON_KEY
             ]
             with (self.folder / item.relative_path).open("rb") as stream:
                 stream.seek(item.offset)
@@ -154,7 +157,7 @@ class MegatronCheckpoint:
         return found
 
 
-class _IntoTensor(LoadPlanner):  # type: ignore[misc]
+class _IntoTensor(LoadPlanner):
     """Puts all that is read into one tensor."""
 
     def __init__(self, out: Tensor) -> None:
@@ -225,9 +228,9 @@ def write_checkpoint(
     for key in layers:
         for layer in range(count):
             state[f"{key}._extra_state/shard_{layer}_{count}"] = [None]
-    dcp.save(
+    save(
         state,
-        storage_writer=dcp.FileSystemWriter(release),
+        storage_writer=FileSystemWriter(release),
         planner=DefaultSavePlanner(flatten_state_dict=False),
         no_dist=True,
     )

@@ -74,9 +74,7 @@ def check_llama(args: argparse.Namespace) -> None:
             )
 
 
-def llama_settings(
-    args: argparse.Namespace, vocab_size: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def llama_settings(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of a `LlamaConfig`.
 
     Args:
@@ -98,7 +96,7 @@ def llama_settings(
         "num_key_value_heads": args.num_query_groups if grouped else args.num_attention_heads,
         "head_dim": args.kv_channels,
         "hidden_act": "silu",
-        "max_position_embeddings": args.max_position_embeddings,
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
         "initializer_range": args.init_method_std,
         "rms_norm_eps": epsilon,
         "rope_parameters": rope,
@@ -118,12 +116,13 @@ def megatron_arguments(config: Any, sequence_length: int) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     kind = rope.get("rope_type", "default")
     scaled = kind == "llama3" and {key: rope.get(key) for key in _LLAMA3} == _LLAMA3
+    rotates_all = rope.get("partial_rotary_factor", 1.0) == 1.0
     for name, value, fits in (
         ("model_type", config.model_type, config.model_type == "llama"),
         ("hidden_act", config.hidden_act, config.hidden_act in ("silu", "swish")),
         ("attention_bias", config.attention_bias, not config.attention_bias),
         ("mlp_bias", config.mlp_bias, not config.mlp_bias),
-        ("rope_parameters", rope, kind == "default" or scaled),
+        ("rope_parameters", rope, rotates_all and (kind == "default" or scaled)),
     ):
         if not fits:
             raise ConversionError(

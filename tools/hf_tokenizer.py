@@ -20,7 +20,6 @@ _SAMPLES = (
     "  two  spaces ",
     "def f(x):\n\treturn x + 1234567\n\n",
     "Grüße, 世界 — 🙂!",
-    "</s> <s> <0x0A> ▁",
 )
 
 
@@ -113,9 +112,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     try:
         original = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise ConversionError(
-            f"{_TOKENIZER_FLAG} {path} is no SentencePiece model file"
-        ) from None
+        raise ConversionError(f"{_TOKENIZER_FLAG} {path} is no SentencePiece model file") from None
     extractor = SentencePieceExtractor(str(path))
     spec, normalizer = extractor.proto.trainer_spec, extractor.proto.normalizer_spec
     if spec.model_type != spec.BPE:
@@ -137,8 +134,25 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     special = {piece for piece in pieces.values() if piece is not None}
     symbols = [token for token in extracted["additional_special_tokens"] if not token.special]
     tokenizer.add_tokens([token for token in symbols if token.content not in special])
+    if normalizer.add_dummy_prefix:
+        tokenizer = _with_prefix(tokenizer)
     _compare(path, original, tokenizer)
     return Tokenizer(original.get_piece_size(), tokenizer, path)
+
+
+def _with_prefix(tokenizer: Any) -> Any:
+    """The same with a space before every text, as SentencePiece puts it.
+
+    `LlamaTokenizer` leaves it out where a text begins with one.
+    """
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizer.backend_tokenizer
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    inner.normalizer, inner.pre_tokenizer = normalizers.Sequence(steps), None
+    special = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in _SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 _SPECIAL = ("unk", "bos", "eos", "pad")
@@ -160,11 +174,11 @@ def _compare(path: Path, original: Any, converted: Any) -> None:
         if not (original.is_control(i) or original.is_byte(i) or original.is_unknown(i))
     ]
     together = " ".join(ordinary)
-    for text in (*_SAMPLES[:-1], *ordinary, together, unicodedata.normalize("NFD", _SAMPLES[4])):
+    for text in (*_SAMPLES, *ordinary, together, unicodedata.normalize("NFD", _SAMPLES[4])):
         ours = converted(text, add_special_tokens=False).input_ids
         if ours != original.encode(text):
             raise ConversionError(
-                f"{_TOKENIZER_FLAG} {path}: as a Hugging Face tokenizer it would give other ids for "
-                f"{text[:40]!r}; convert it by yourself, and train with --tokenizer-type "
+                f"{_TOKENIZER_FLAG} {path}: as a Hugging Face tokenizer it would give other ids "
+                f"for {text[:40]!r}; convert it by yourself, and train with --tokenizer-type "
                 f"{HUGGINGFACE}"
             )

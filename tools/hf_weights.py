@@ -129,8 +129,8 @@ def to_megatron(read: Callable[[str], Tensor], config: Any) -> dict[str, Tensor]
     groups, channels = config.num_key_value_heads, config.head_dim
 
     def qkv(layer: int) -> Tensor:
-        parts = [read(f"model.layers.{layer}.{name}") for name in _QKV_PARTS]
-        return join_qkv(*parts, groups, channels)
+        query, key, value = (read(f"model.layers.{layer}.{name}") for name in _QKV_PARTS)
+        return join_qkv(query, key, value, groups, channels)
 
     def fc1(layer: int) -> Tensor:
         return torch.cat([read(f"model.layers.{layer}.{name}") for name in _FC1_PARTS])
@@ -138,7 +138,8 @@ def to_megatron(read: Callable[[str], Tensor], config: Any) -> dict[str, Tensor]
     def same(name: str, layer: int) -> Tensor:
         return read(f"model.layers.{layer}.{name}")
 
-    builders = {_QKV: qkv, _FC1: fc1, **{key: partial(same, _SAME[key]) for key in _SAME}}
+    builders: dict[str, Callable[[int], Tensor]] = {_QKV: qkv, _FC1: fc1}
+    builders |= {suffix: partial(same, name) for suffix, name in _SAME.items()}
     tensors = {EMBEDDING: read(_HF_EMBEDDING), FINAL_NORM: read(_HF_NORM)}
     for suffix, build in builders.items():
         layers = [build(layer) for layer in range(config.num_hidden_layers)]
@@ -179,9 +180,7 @@ def _part(
     return take(checkpoint.read(key, index))
 
 
-def _layer_key(
-    checkpoint: MegatronCheckpoint, suffix: str, layer: int
-) -> tuple[str, int | None]:
+def _layer_key(checkpoint: MegatronCheckpoint, suffix: str, layer: int) -> tuple[str, int | None]:
     """Where a layer's weight is: in a stack of all layers, or by itself."""
     single = f"decoder.layers.{layer}.{suffix}"
     if single in checkpoint.tensors:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models through transformers: the same logits, the same loss, the same weights back."""
 
+import argparse
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, dynamic_module_utils
 
 import convert_from_hf
 import convert_to_hf
 import prepare_data
 from cluster import Cluster, Result
-from hf_checkpoint import MegatronCheckpoint
+from hf_checkpoint import MegatronCheckpoint, StandIn, write_checkpoint
 from layouts import PP2, VPP, Layout
 
 RANK = 16
+ONE = "model.safetensors"
 SEQUENCE = 32
 
 SAVE_ONCE = "--save-interval 1000 --ckpt-format torch_dist"
@@ -75,6 +78,15 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 def load(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers keeps the modelling code that it loads: not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("code"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +200,6 @@ def test_other_boundaries(cluster: Cluster, tmp_path: Path, name: str) -> None:
     trained = train(cluster, tmp_path / "megatron", Layout(1, more))
     model = load(export(trained, tmp_path / "exact"))
     difference = (logits_of(model, trained.ids) - trained.logits[..., :255]).abs().amax(-1)
-    print(name, difference.max(), (difference > 1e-5).sum(), difference.numel())
     # Where a number lies on the edge between two codes, the last bit of a GEMM decides; then this
     # token's logits, and a little the later ones', are another rounding's.
     assert (difference < 1e-5).float().mean() > 0.95
@@ -199,7 +210,9 @@ def test_other_boundaries(cluster: Cluster, tmp_path: Path, name: str) -> None:
     if name != "subspace":  # whose boundaries lose nothing but by int8
         assert (plain - trained.logits[..., :255]).abs().max() > 10 * difference.max()
     folder = export(trained, tmp_path / "plain", "--export", "plain")
-    torch.testing.assert_close(logits_of(LlamaForCausalLM.from_pretrained(folder), trained.ids), plain)
+    torch.testing.assert_close(
+        logits_of(LlamaForCausalLM.from_pretrained(folder), trained.ids), plain
+    )
 
 
 def test_generation_with_a_cache(exact: Path) -> None:
@@ -306,6 +319,25 @@ def test_round_trips(request: pytest.FixtureRequest, tmp_path: Path, which: str)
             assert torch.equal(tensor, load_file(again / file.name)[name]), name
     for name in ("config.json", "generation_config.json"):
         assert (first / name).read_text() == (again / name).read_text()
+
+
+def test_layers_that_are_stored_one_by_one(defaults: Trained, plain: Path, tmp_path: Path) -> None:
+    """As Megatron does where layers differ; no stack is there to be cut."""
+    stacked = MegatronCheckpoint(defaults.folder)
+    tensors = {}
+    for key, tensor in model_tensors(stacked).items():
+        if key.startswith("decoder.layers."):
+            suffix = key.removeprefix("decoder.layers.")
+            tensors |= {f"decoder.layers.{n}.{suffix}": part for n, part in enumerate(tensor)}
+        else:
+            tensors[key] = tensor
+    (tmp_path / "single").mkdir()
+    args = {k: v for k, v in vars(stacked.args).items() if not isinstance(v, StandIn)}
+    write_checkpoint(tmp_path / "single", tensors, argparse.Namespace(**args), ())
+    found = load_file(export(Trained(tmp_path / "single", defaults.result), tmp_path / "hf") / ONE)
+    expected = {k: v for f in plain.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_boundary(anchor: str, rank: int, dtype: torch.dtype) -> None:
         for number, stage in enumerate(stages):
             if anchor != "none":
                 exported = MaplAnchor(settings).to(dtype)
-                tables: dict[str, Any] = dict(stage.named_parameters()) | dict(stage.named_buffers())
+                tables = stage.state_dict()
                 exported.tokens.copy_(tables["table" if anchor == "static" else "E"])
                 if exported.bigrams is not None:
                     exported.bigrams.copy_(tables["B"])

@@ -65,7 +65,9 @@ class MaplBoundary(nn.Module):
         rows = hidden.flatten(0, -2)
         sent = received = None
         if self.has_anchor:
-            sent, received = (anchors[stage].flatten(0, -2) for stage in (self.sender, self.receiver))
+            sent, received = (
+                anchors[stage].flatten(0, -2) for stage in (self.sender, self.receiver)
+            )
         latent = _StraightThrough.apply(self._encode(rows, sent), self.codec)
         return self._decode(latent, received).view(hidden.shape)
 
@@ -99,5 +101,5 @@ class _StraightThrough(torch.autograd.Function):
         return arrived.view_as(arrived)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

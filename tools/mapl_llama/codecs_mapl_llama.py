@@ -4,7 +4,7 @@
 Activations alone are coded here; rounding them is deterministic. Shapes: n tokens, w numbers each.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Scaled(nn.Module):
     s = max |x| / q_max, rounded up to bf16; NaN for a group that is not finite.
     """
 
-    largest = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+    largest: ClassVar[dict[str, float]] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
     def __init__(self, name: str, width: int, group_size: int) -> None:
         super().__init__()

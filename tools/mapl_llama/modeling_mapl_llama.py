@@ -6,7 +6,7 @@ codec (arXiv 2606.05484): they are part of the function that was trained. Everyt
 `LlamaForCausalLM`. Made by MAPL for Megatron's tools/convert_to_hf.py.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,11 @@ class MaplLlamaModel(LlamaModel):
     """
 
     config_class = MaplLlamaConfig
-    _no_split_modules = ["MaplLlamaDecoderLayer"]
-    _can_record_outputs = {"hidden_states": MaplLlamaDecoderLayer, "attentions": LlamaAttention}
+    _no_split_modules: ClassVar[list[str]] = ["MaplLlamaDecoderLayer"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": MaplLlamaDecoderLayer,
+        "attentions": LlamaAttention,
+    }
 
     def __init__(self, config: MaplLlamaConfig) -> None:
         super().__init__(config)
@@ -55,7 +58,7 @@ class MaplLlamaModel(LlamaModel):
         self.anchors = nn.ModuleList(MaplAnchor(config) for _ in range(config.mapl_stages))
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -92,7 +95,7 @@ class MaplLlamaForCausalLM(LlamaForCausalLM):
     """`LlamaForCausalLM` over `MaplLlamaModel`; takes `predecessors` too."""
 
     config_class = MaplLlamaConfig
-    _no_split_modules = ["MaplLlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["MaplLlamaDecoderLayer"]
 
     def __init__(self, config: MaplLlamaConfig) -> None:
         super().__init__(config)
