@@ -277,3 +277,23 @@ def note_what_is_sent(record: dict[str, Any]) -> None:
         return send(self, hidden)
 
     StageBoundaries.send = noting_send  # type: ignore[method-assign]
+
+
+def note_logits(record: dict[str, Any]) -> None:
+    """No fault: evaluations note their micro-batches' ids [b, s] and logits [s, b, V]."""
+    from megatron.core.models.gpt import GPTModel
+
+    record["ids"], record["logits"] = [], []
+    forward, loss = GPTModel.forward, GPTModel.compute_language_model_loss
+
+    def noting_forward(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.pre_process and not self.training:
+            record["ids"].append(input_ids.clone())
+        return forward(self, input_ids, *args, **kwargs)
+
+    def noting_loss(self: Any, labels: Any, logits: Any) -> Any:
+        if not self.training:
+            record["logits"].append(logits.detach().clone())
+        return loss(self, labels, logits)
+
+    GPTModel.forward, GPTModel.compute_language_model_loss = noting_forward, noting_loss
