@@ -23,6 +23,7 @@ TESTED = SpecifierSet(">=0.18.2,<0.20")
 SYMBOLS: Symbols = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.core.dist_checkpointing": ("ShardedTensor", "load_tensors_metadata"),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": ("get_write_results_queue",),
     "megatron.core.distributed": ("finalize_model_grads",),
     "megatron.core.extensions.transformer_engine": ("HAVE_TE",),
     "megatron.core.models.backends": ("LocalSpecProvider.core_attention",),

@@ -2,7 +2,7 @@
 """Flags as a job of pretrain_gpt.py takes them, in the process of the tests."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +15,7 @@ from megatron.training import arguments as megatron_arguments  # noqa: E402
 from megatron.training.global_vars import unset_global_variables  # noqa: E402
 
 from megatron.mapl import pretraining  # noqa: E402
-
-#: What the flags come to: Megatron's namespace, and the boundaries' runtime or None.
-Parse = Callable[[Sequence[str]], tuple[Any, Any]]
+from tests.cpu_mode.flag_parsing import Parse  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Parse
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -21,6 +20,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import traffic_budget
+from tests.cpu_mode.flag_parsing import Parse
 
 LLAMA = Path(__file__).parent.parent.parent / "examples" / "llama"
 RECIPES = sorted(path.stem for path in (LLAMA / "recipes").glob("*.flags") if path.stem != "common")

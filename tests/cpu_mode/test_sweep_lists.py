@@ -4,9 +4,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import Parse
 
 import sweep_list
+from tests.cpu_mode.flag_parsing import Parse
 
 ROOT = Path(__file__).parent.parent.parent
 
