@@ -249,12 +249,19 @@ class _Reader:
                 "without {data} into [data]",
             )
         try:
-            return fill_in(flags, self._data)
+            filled = fill_in(flags, self._data)
         except FileNotFoundError as error:
             raise SweepError(
                 f"--data {self._data}: there is no {error.filename}; make the dataset with "
                 "tools/prepare_data.py --valid-fraction"
             ) from None
+        model = Path(f"{self._data}.model")
+        if "{data}.model" in flags and not model.exists():
+            raise SweepError(
+                f"--data {self._data}: there is no {model}; if the dataset was made with "
+                "--tokenizer-model, copy that file there, or name it among flags of a [data] table"
+            )
+        return filled
 
     def _check_names(self, runs: Sequence[Run]) -> None:
         seen: dict[str, str] = {}

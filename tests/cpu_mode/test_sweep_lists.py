@@ -27,13 +27,27 @@ def job() -> pretraining.Job:
     return installed
 
 
-@pytest.mark.parametrize("name", ["headline", "search"])
+@pytest.mark.parametrize(
+    ("name", "least", "rates"),
+    [
+        ("headline", 20, (0.02, 0.01)),
+        ("search", 20, (0.02, 0.01)),
+        ("adam", 3, (0.001, None)),
+        ("geometry", 3, (0.02, 0.01)),
+    ],
+)
 def test_flags_are_taken(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: pretraining.Job
+    name: str,
+    least: int,
+    rates: tuple[float, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job: pretraining.Job,
 ) -> None:
     (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "data.model").touch()
     plan = sweep_list.read(ROOT / "tools" / "sweeps" / f"{name}.toml", tmp_path / "data")
-    assert len(plan.runs) > 20
+    assert len(plan.runs) >= least
     for run in plan.runs:
         more = f"--save {tmp_path} --save-interval 1 --exit-signal-handler"
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
@@ -42,7 +56,7 @@ def test_flags_are_taken(
         args = megatron_arguments.parse_and_validate_args()
         assert (args.seed, args.train_iters) == (run.seed, run.steps)
         assert args.global_batch_size * args.seq_length == run.tokens_per_step == 65536
-        assert (args.lr, args.decoupled_lr) == (0.02, 0.01)
+        assert (args.lr, args.decoupled_lr) == rates
         runtime = job._runtime
         assert (runtime is None) == run.uncompressed
         if runtime is not None:

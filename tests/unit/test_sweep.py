@@ -84,6 +84,7 @@ def test_runs_have_the_flags_of_all_and_their_own(tmp_path: Path) -> None:
 
 def test_placeholders_stand_for_the_dataset(tmp_path: Path) -> None:
     (tmp_path / "corpus.json").write_text("{}")
+    (tmp_path / "corpus.model").touch()
     head = HEAD.replace('[data]\nflags = ""', "")
     run = sweep_list.read(write(tmp_path, PLAIN, head=head), tmp_path / "corpus").runs[0]
     assert flag_value(run.flags, "--train-data-path") == f"{tmp_path}/corpus_train"
@@ -91,6 +92,13 @@ def test_placeholders_stand_for_the_dataset(tmp_path: Path) -> None:
     (tmp_path / "corpus.json").write_text("{ }")
     run = sweep_list.read(tmp_path / "list.toml", tmp_path / "corpus").runs[0]
     assert flag_value(run.flags, "--data-cache-path") != cache
+
+
+def test_a_dataset_with_a_tokenizer_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.json").write_text("{}")
+    head = HEAD.replace('[data]\nflags = ""', "")
+    with pytest.raises(SweepError, match=r"there is no .*corpus\.model; .*--tokenizer-model"):
+        sweep_list.read(write(tmp_path, PLAIN, head=head), tmp_path / "corpus")
 
 
 @pytest.mark.parametrize(
