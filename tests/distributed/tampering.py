@@ -140,16 +140,16 @@ def ops_of_one_process(record: dict[str, Any]) -> None:
 
 def unbatched_transfers(record: dict[str, Any]) -> None:
     """No fault: a setting that Megatron's flags reach for interleaved schedules alone."""
-    from megatron.mapl import pretraining
+    from megatron.training import argument_utils
 
-    config_from_args = pretraining.gpt_config_from_args
+    config_from_args = argument_utils.gpt_config_from_args
 
     def unbatched(args: Any) -> Any:
         config = config_from_args(args)
         config.transformer.batch_p2p_comm = False
         return config
 
-    pretraining.gpt_config_from_args = unbatched
+    argument_utils.gpt_config_from_args = unbatched  # before the script imports it
 
 
 def _signal_in_step_3(signal_number: int) -> None:
