@@ -27,7 +27,7 @@ class Pen:
 
 def pens[T](runs: Sequence[T]) -> list[tuple[T, Pen]]:
     """Earlier runs are drawn broader, so that they show under later ones of equal values."""
-    widths = (1.5 + 1.5 * min(place, 2) for place in reversed(range(len(runs))))
+    widths = (3.0 if place else 1.5 for place in reversed(range(len(runs))))
     return list(zip(runs, map(Pen, itertools.cycle(COLOURS), widths), strict=False))
 
 
@@ -41,11 +41,13 @@ def draw_curves(
     style: str = "",
 ) -> None:
     """One line a boundary, from the pen's colour itself to a light shade of it."""
+    axes.locator_params(axis="x", integer=True)
     style = style or ("o-" if len(steps) <= _MARKED else "-")
     for index, boundary in enumerate(sorted(curves)):
         axes.plot(
             steps, curves[boundary], style, color=_shade(pen.colour, index, len(curves)),
-            linewidth=pen.width, markersize=2 * pen.width, label=label if index == 0 else None,
+            linewidth=pen.width, markersize=2 + pen.width, label=label if index == 0 else None,
+            clip_on=False,  # or the axis hides a line of zeros
         )  # fmt: skip
 
 
@@ -64,7 +66,9 @@ def legend(name: str, keys: Iterable[Any], what: str = "boundary") -> str:
 
 def spoken(key: Any) -> str:
     """A boundary, a pair of them, or a boundary and a direction."""
-    return str(key) if isinstance(key, int) else "–".join(map(str, key))
+    if isinstance(key, int):
+        return str(key)
+    return ("–" if all(isinstance(part, int) for part in key) else " ").join(map(str, key))
 
 
 def number(value: float | None) -> float:

@@ -48,4 +48,5 @@ def event_losses(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[i
         [(event.step, event.value) for event in events.Scalars(tag)] if tag in known else []
         for tag in (_TRAINING, _VALIDATION)
     )
-    return training, validation
+    # At the end Megatron writes the test loss under the same name and step, after the other.
+    return training, sorted(dict(reversed(validation)).items())

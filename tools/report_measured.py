@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import report_geometry
 from report_curves import pens
@@ -39,12 +40,12 @@ def geometry(runs: Sequence[Recorded], measured: dict[str, Measured]) -> Section
         shown.append(
             panel(f"geometry-angles-{number}",
                   f"Mean principal angles of {m.name} between boundaries: {told or 'one alone'}.",
-                  partial(report_geometry.draw_angles, run=m, of_several=True),
+                  partial(_draw_angles, run=m),
                   legend=False)
         )  # fmt: skip
     names = ["run", "boundary", "r", "energy kept", "ceiling", "random", "rank 99%", "Pearson"]
     text = (
-        "What the projectors keep, in steps with --mapl-geometry-interval: the energy beside that "
+        "What the projectors keep, in the steps that measured it: the energy beside that "
         "of the best subspace of rank r and of a random one, the rank that holds 99% of it, the "
         "correlation of tokens' cosines before and after projection, and angles between all pairs "
         "of boundaries."
@@ -53,3 +54,8 @@ def geometry(runs: Sequence[Recorded], measured: dict[str, Measured]) -> Section
         "geometry", "Geometry", text, names_without(runs, known), shown,
         [Table("Geometry at the last step measured", names, rows, headings=2)],
     )  # fmt: skip
+
+
+def _draw_angles(axes: Any, run: Measured) -> None:
+    axes.figure.set_layout_engine("compressed")  # or a square map stands at the right
+    report_geometry.draw_angles(axes, run, of_several=True)

@@ -40,6 +40,7 @@ def draw_losses(axes: Any, runs: Sequence[Run]) -> None:
             )  # fmt: skip
     axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(axis="y", alpha=0.25)
+    axes.locator_params(axis="x", integer=True)
     if axes.lines:
         axes.legend(frameon=False)
 
@@ -121,5 +122,10 @@ def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def _name_rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [plain(_shortened(name)) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _shortened(name: str) -> str:
+    """So that a long name leaves room for bars."""
+    return name if len(name) <= 20 else f"{name[:9]} … {name[-9:]}"

@@ -116,6 +116,7 @@ def load(path: Path) -> Recorded:
         series = read_series(lines)
         report = json.loads(traffic.read_bytes()) if traffic.exists() else None
         counted = {} if report is None else _counted(report)
+        most = None if report is None else float(report["seconds"]["communication"]["max"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(
             f"{traffic} or {METRICS_FILE} beside it is no run report: {error!r}"
@@ -128,7 +129,6 @@ def load(path: Path) -> Recorded:
             "--tensorboard-dir"
         )
     run = Run(path.name or str(path), losses or training, validation, **counted)
-    most = None if report is None else report["seconds"]["communication"]["max"]
     measured = any("geometry" in line for line in lines)
     return Recorded(run, report["boundaries"] if report else [], most, series, measured)
 

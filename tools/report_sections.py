@@ -9,7 +9,9 @@ from figures import png
 from report_runs import Recorded
 
 #: Inches of a picture of the page: its letters are to be read on a telephone too.
-SIZE = (6.2, 4.2)
+SIZE = (6.2, 3.6)
+# Inches of a line of the legend.
+_LEGEND_LINE = 0.2
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def panel(
         if legend:
             if axes.get_legend():
                 axes.get_legend().remove()
-            drawn.legend(
-                *axes.get_legend_handles_labels(),
-                loc="outside lower center", frameon=False, fontsize=9,
-            )  # fmt: skip
+            handles, labels = axes.get_legend_handles_labels()
+            width, height = drawn.get_size_inches()
+            drawn.set_size_inches(width, height + _LEGEND_LINE * len(labels))
+            drawn.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9)
 
     width, height = SIZE
-    return Picture(name, alt, png((width, max(height, 1.8 + 0.45 * rows)), fill))
+    return Picture(name, alt, png((width, max(height, 1.2 + 0.45 * rows)), fill))

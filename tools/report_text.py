@@ -32,7 +32,7 @@ class Unit:
 
     def text(self, count: int) -> str:
         """The same, to read; what is not nothing does not look like it."""
-        if self.size == 1:
+        if self.size == 1 or count == 0:
             return f"{count:,}"
         return "<0.01" if 0 < self.of(count) < 0.005 else f"{self.of(count):,.2f}"
 

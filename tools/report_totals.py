@@ -7,7 +7,7 @@ import report_pictures as pictures
 from mapl.traffic import KINDS
 from report_runs import Curve, Recorded, Run, sent, smoothed
 from report_sections import Section, Table, names_without, panel
-from report_text import Unit, figure, unit_of
+from report_text import Unit, unit_of
 
 
 def losses(runs: Sequence[Recorded]) -> Section | None:
@@ -39,19 +39,21 @@ def losses(runs: Sequence[Recorded]) -> Section | None:
 
 
 def _loss_row(run: Run, common: int | None) -> list[str]:
-    row = [run.name]
-    row += [f"{run.losses[-1][0]:,}" if run.losses else "–"]
-    row += [figure(run.losses[0][1], ".4f") if run.losses else "–"]
-    row += [figure(_last(run.losses), ".4f") if run.losses else "–"]
+    row = [run.name, "–", "–", "–"]
+    if run.losses:
+        row[1:] = [f"{run.losses[-1][0]:,}", f"{run.losses[0][1]:.4f}", f"{_last(run.losses):.4f}"]
     if common is not None:
-        row.append(figure(_last([p for p in run.losses if p[0] <= common]), ".4f"))
-    step, loss = run.validation[-1] if run.validation else (None, None)
-    return [*row, figure(loss, ".4f"), "–" if step is None else f"{step:,}"]
+        known = [point for point in run.losses if point[0] <= common]
+        row.append(f"{_last(known):.4f}" if known else "–")
+    if run.validation:
+        step, loss = run.validation[-1]
+        return [*row, f"{loss:.4f}", f"{step:,}"]
+    return [*row, "–", "–"]
 
 
-def _last(curve: Curve) -> float | None:
+def _last(curve: Curve) -> float:
     """The mean of the last five losses."""
-    return smoothed([loss for _, loss in curve])[-1] if curve else None
+    return smoothed([loss for _, loss in curve])[-1]
 
 
 def traffic(runs: Sequence[Recorded]) -> Section | None:

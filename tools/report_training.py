@@ -24,7 +24,8 @@ class _Kind:
 
     Attributes:
         series: its name in `report_series`.
-        title: of the picture, and for its alternative text.
+        title: of the picture.
+        column: of the table.
         what: a curve belongs to.
         form: of its numbers, a format specification.
         limits: of the axis; None for what fits.
@@ -32,19 +33,24 @@ class _Kind:
 
     series: str
     title: str
+    column: str
     what: str
     form: str
     limits: tuple[float | None, float | None] = (None, None)
     logarithmic: bool = False
 
 
-_ENERGY = _Kind("energy", "Energy kept", "boundary", ".3f", (0, 1.02))
-_ORTHONORMALITY = _Kind("orthonormality", "max |AᵀA − I|", "boundary", ".1e", logarithmic=True)
-_ANGLE = _Kind("angle", "Mean principal angle, degrees", "boundaries", ".2f", (0, None))
-_PERPLEXITY = _Kind("perplexity", "Perplexity of the codebooks", "boundary", ".1f", (0, None))
-_DEAD = _Kind("dead", "Share of dead codes", "boundary", ".1%", (0, None))
+_ENERGY = _Kind("energy", "Energy kept", "energy kept", "boundary", ".3f", (0, 1.02))
+_ORTHONORMALITY = _Kind(
+    "orthonormality", "max |AᵀA − I|", "max |AᵀA − I|", "boundary", ".1e", logarithmic=True
+)
+_ANGLE = _Kind("angle", "Mean principal angle, degrees", "mean °", "boundaries", ".2f", (0, None))
+_PERPLEXITY = _Kind(
+    "perplexity", "Perplexity of the codebooks", "perplexity", "boundary", ".1f", (0, None)
+)
+_DEAD = _Kind("dead", "Share of dead codes", "dead codes", "boundary", ".1%", (0, None))
 _COMMUNICATION = _Kind(
-    "communication", "Share of the time in communication", "all", ".1%", (0, 1.02)
+    "communication", "Share of the time in communication", "share", "all", ".1%", (0, 1.02)
 )
 
 
@@ -86,7 +92,9 @@ def time(runs: Sequence[Recorded]) -> Section | None:
 
 def _share(recorded: Recorded) -> float | None:
     run = recorded.run
-    return run.communicating / run.seconds if run.seconds and run.communicating else None
+    return (
+        run.communicating / run.seconds if run.seconds and run.communicating is not None else None
+    )
 
 
 def energy(runs: Sequence[Recorded]) -> Section | None:
@@ -106,7 +114,7 @@ def orthogonality(runs: Sequence[Recorded]) -> Section | None:
     )
     return _section(
         runs, "orthogonality", "Orthogonality", text, [_ORTHONORMALITY],
-        more=[_Kind("skipped", "skipped steps", "boundary", ".0f")],
+        more=[_Kind("skipped", "Skipped steps", "skipped steps", "boundary", ".0f")],
     )  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def angles(runs: Sequence[Recorded]) -> Section | None:
     )
     return _section(
         runs, "angles", "Angles between neighbours", text, [_ANGLE],
-        more=[_Kind("smallest angle", "smallest, degrees", "boundaries", ".2f")],
+        more=[_Kind("smallest angle", "Smallest angle", "smallest °", "boundaries", ".2f")],
     )  # fmt: skip
 
 
@@ -152,15 +160,11 @@ def _section(
             last = [_last(recorded.series.get(kind.series), place) for kind in columns]
             values = [figure(v, kind.form) for v, kind in zip(last, columns, strict=True)]
             rows.append([recorded.run.name, spoken(place), f"{series.steps[-1]:,}", *values])
-    names = ["run", kinds[0].what, "step", *(_lower(kind.title) for kind in columns)]
+    names = ["run", kinds[0].what, "step", *(kind.column for kind in columns)]
     shown = [_picture(kind.series, kind, _drawn(runs, kind)) for kind in kinds]
     known = [recorded for recorded, *_ in drawn]
     tables = [Table(f"{title} at the last step", names, rows, headings=2)]
     return Section(key, title, text, names_without(runs, known), shown, tables)
-
-
-def _lower(title: str) -> str:
-    return title[0].lower() + title[1:]
 
 
 def _last(series: Series | None, place: Any) -> float | None:
