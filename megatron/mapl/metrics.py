@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run report: mapl_traffic.json and mapl_metrics.jsonl, and the same to TensorBoard, W&B."""
+"""The run report: mapl_traffic.json and mapl_metrics.jsonl; the latter goes to trackers too."""
 
 import json
 import time
