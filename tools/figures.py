@@ -17,6 +17,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
 
 
+def colour(place: int) -> str:
+    """Of the run at a place among others: duller where `COLOURS` begins anew."""
+    turn, index = divmod(place, len(COLOURS))
+    kept = 0.5**turn
+    channels = (int(COLOURS[index][start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(kept * c + (1 - kept) * 0x80):02X}" for c in channels)
+
+
 def plain(text: str) -> str:
     """A name as a label shows it: no `$` begins a formula, no `_` hides it from the legend."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines over training: one colour a run, and a shade of it for each boundary."""
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from figures import COLOURS, plain
+from figures import colour, plain
 
 # What tells the lines of a run apart, its boundary for one → the value at each step, NaN for none.
 type Curves = Mapping[Any, Sequence[float]]
 
 
-# Up to so many points are marked; more would run into each other.
-_MARKED = 40
+# Up to so many points are marked, on broad lines; more would run into each other.
+_MARKED = 25
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,16 @@ class Pen:
     width: float
 
 
-def pens[T](runs: Sequence[T]) -> list[tuple[T, Pen]]:
-    """Earlier runs are drawn broader, so that they show under later ones of equal values."""
-    widths = (3.0 if place else 1.5 for place in reversed(range(len(runs))))
-    return list(zip(runs, map(Pen, itertools.cycle(COLOURS), widths), strict=False))
+def pens[T](runs: Sequence[T], places: Sequence[int] | None = None) -> list[tuple[T, Pen]]:
+    """Earlier runs are drawn broader, so that they show under later ones of equal values.
+
+    Args:
+        runs: that are drawn.
+        places: of these among all runs, by which they have their colours; default: they are all.
+    """
+    widths = (1.5 + 1.5 * min(later, 2) for later in reversed(range(len(runs))))
+    places = range(len(runs)) if places is None else places
+    return list(zip(runs, map(Pen, map(colour, places), widths), strict=True))
 
 
 def draw_curves(
@@ -43,10 +48,11 @@ def draw_curves(
     """One line a boundary, from the pen's colour itself to a light shade of it."""
     axes.locator_params(axis="x", integer=True)
     style = style or ("o-" if len(steps) <= _MARKED else "-")
+    width = pen.width if len(steps) <= _MARKED else 1.2
     for index, boundary in enumerate(sorted(curves)):
         axes.plot(
             steps, curves[boundary], style, color=_shade(pen.colour, index, len(curves)),
-            linewidth=pen.width, markersize=2 + pen.width, label=label if index == 0 else None,
+            linewidth=width, markersize=2.5 + width, label=label if index == 0 else None,
             clip_on=False,  # or the axis hides a line of zeros
         )  # fmt: skip
 

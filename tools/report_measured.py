@@ -15,10 +15,11 @@ from report_text import figure
 
 def geometry(runs: Sequence[Recorded], measured: dict[str, Measured]) -> Section | None:
     """What docs/geometry.md explains, of runs that measured it."""
-    known = [recorded for recorded in runs if recorded.run.name in measured]
+    places = [place for place, recorded in enumerate(runs) if recorded.run.name in measured]
+    known = [runs[place] for place in places]
     if not known:
         return None
-    drawn = [(measured[r.run.name], pen) for r, pen in pens(runs) if r.run.name in measured]
+    drawn = pens([measured[recorded.run.name] for recorded in known], places)
     rows = [
         [m.name, str(b), str(m.ranks[b])]
         + [figure(c[b][-1], ".3f") for c in (m.kept, m.ceiling, m.random)]

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses, traffic and time of several runs, drawn."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import COLOURS, plain, save
+from figures import COLOURS, colour, plain, save
 from mapl.traffic import KINDS
 from report_runs import Recorded, Run, sent, smoothed
 from report_text import Unit, unit_of
+
+# Up to so many runs have their figures above their bars.
+_LABELLED = 4
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -26,16 +28,16 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 def draw_losses(axes: Any, runs: Sequence[Run]) -> None:
     """Each line of the log faintly, the mean of the last five, and validation losses."""
-    for run, colour in _coloured(runs):
+    for run, own in _coloured(runs):
         if run.losses:
             steps, losses = zip(*run.losses, strict=True)
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, losses, color=own, alpha=0.25, linewidth=0.8)
             label = plain(run.name)
-            axes.plot(steps, smoothed(losses), color=colour, linewidth=1.8, label=label)
+            axes.plot(steps, smoothed(losses), color=own, linewidth=1.8, label=label)
         if run.validation:
             label = f"{plain(run.name)}, validation: {run.validation[-1][1]:.3f} at the end"
             axes.plot(
-                *zip(*run.validation, strict=True), "o", color=colour, markersize=7,
+                *zip(*run.validation, strict=True), "o", color=own, markersize=7,
                 markeredgecolor="white", label=label,
             )  # fmt: skip
     axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per token)")
@@ -47,18 +49,19 @@ def draw_losses(axes: Any, runs: Sequence[Run]) -> None:
 
 def draw_traffic(axes: Any, runs: Sequence[Run]) -> None:
     """Bars by direction, one for each run that has counted."""
-    counted = [(run, run.traffic, colour) for run, colour in _coloured(runs) if run.traffic]
+    counted = [(run, run.traffic, own) for run, own in _coloured(runs) if run.traffic]
     unit = unit_of([traffic.total for _, traffic, _ in counted])
     groups = ["forward\n(activations)", "backward\n(gradients)", "projector\nexchange", "total"]
     width = 0.8 / len(counted)
-    for index, (run, t, colour) in enumerate(counted):
+    for index, (run, t, own) in enumerate(counted):
         sizes = [unit.of(n) for n in (t.forward, t.backward, t.projector, t.total)]
         places = [place + (index - (len(counted) - 1) / 2) * width for place in range(len(groups))]
         name = plain(run.name)
         label = name if run.ratio == 1 else f"{name}: {run.ratio:.2f}× less"
-        bars = axes.bar(places, sizes, width, color=colour, label=label)
-        labels = [f"{size:,.{1 if 0 < size < 100 else 0}f}" for size in sizes]
-        axes.bar_label(bars, labels, padding=2, fontsize=9)
+        bars = axes.bar(places, sizes, width, color=own, label=label)
+        if len(counted) <= _LABELLED:
+            labels = [f"{size:,.{1 if 0 < size < 100 else 0}f}" for size in sizes]
+            axes.bar_label(bars, labels, padding=2, fontsize=9)
     axes.set_xticks(range(len(groups)), groups)
     axes.set(title="Traffic over the stage boundaries, whole run", ylabel=unit.spoken)
     axes.legend(frameon=False, loc="upper left")
@@ -71,10 +74,10 @@ def draw_kinds(axes: Any, runs: Sequence[Recorded], unit: Unit) -> None:
         for run in runs
     ]
     left = [0.0] * len(runs)
-    for kind, sizes, colour in zip(KINDS, zip(*sums, strict=True), COLOURS, strict=True):
+    for kind, sizes, shade in zip(KINDS, zip(*sums, strict=True), COLOURS, strict=True):
         if any(sizes):
             widths = [unit.of(size) for size in sizes]
-            axes.barh(range(len(runs)), widths, left=left, color=colour, label=kind)
+            axes.barh(range(len(runs)), widths, left=left, color=shade, label=kind)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     _name_rows(axes, [run.run.name for run in runs])
     axes.set(title="Traffic by kind", xlabel=unit.spoken)
@@ -103,22 +106,22 @@ def draw_time(axes: Any, runs: Sequence[Run]) -> None:
     for row, run in enumerate(runs):
         assert run.seconds is not None and run.communicating is not None
         others = max(0.0, run.seconds - run.communicating)
-        for start, width, colour, label in (
+        for start, width, shade, label in (
             (0.0, run.communicating, COLOURS[1], "in communication"),
             (run.communicating, others, COLOURS[5], "in all else"),
         ):
-            axes.barh(row, width, left=start, color=colour, label=label if row == 0 else None)
+            axes.barh(row, width, left=start, color=shade, label=label if row == 0 else None)
     _name_rows(axes, [run.name for run in runs])
     axes.set(title="Time, mean over processes", xlabel="seconds after the first step")
 
 
 def colours(runs: Sequence[Run]) -> dict[str, str]:
     """Name → the colour that a run has in all pictures."""
-    return {run.name: colour for run, colour in _coloured(runs)}
+    return {run.name: own for run, own in _coloured(runs)}
 
 
 def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    return list(zip(runs, itertools.cycle(COLOURS), strict=False))
+    return [(run, colour(place)) for place, run in enumerate(runs)]
 
 
 def _name_rows(axes: Any, names: Sequence[str]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.ticker import PercentFormatter
+
 import report_pictures as pictures
 from figures import plain
 from report_curves import Pen, draw_curves, legend, pens, spoken
@@ -172,11 +174,9 @@ def _last(series: Series | None, place: Any) -> float | None:
 
 
 def _drawn(runs: Sequence[Recorded], kind: _Kind) -> Drawn:
-    return [
-        (recorded, recorded.series[kind.series], pen)
-        for recorded, pen in pens(runs)
-        if kind.series in recorded.series
-    ]
+    places = [place for place, run in enumerate(runs) if kind.series in run.series]
+    known = pens([runs[place] for place in places], places)
+    return [(recorded, recorded.series[kind.series], pen) for recorded, pen in known]
 
 
 def _picture(name: str, kind: _Kind, drawn: Drawn) -> Picture:
@@ -203,7 +203,7 @@ def _drawing(kind: _Kind, drawn: Drawn) -> Callable[[Any], None]:
         else:
             axes.set_ylim(*kind.limits)
         if kind.form.endswith("%"):
-            axes.yaxis.set_major_formatter("{x:.0%}")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(axis="y", alpha=0.25)
 
     return draw
