@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 import report
 from cluster import Cluster
@@ -57,13 +58,9 @@ def page_file(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def browser() -> Iterator[Any]:
     """A real browser without a window. In CI it must be there: `.ci/run` installs it."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
     if program is None and "CI" not in os.environ:
         pytest.skip("no browser; on Debian: apt-get install chromium-headless-shell")
-    assert program, "CI has no browser, or no playwright to drive it with"
+    assert program, "CI has no browser; .ci/run is to install one"
     with sync_playwright() as playwright:
         # As root, which CI is, Chromium's sandbox does not start; the page is our own.
         running = playwright.chromium.launch(executable_path=program, chromium_sandbox=False)
