@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mapl.files import write_atomically
-from report import Run, Traffic, draw, load, smoothed, table
+from report_pictures import draw
+from report_runs import Run, load_counted, smoothed, table
 from training_data import DATA_FLAGS, fill_in
 from training_log import TrainingLog, reason
 from training_process import ROOT, environment, stop
@@ -67,7 +68,7 @@ def demo(output: Path, steps: int, settings: Sequence[str]) -> None:
         own = [*setting.split(), "--mapl-report-dir", str(report)]
         log = output / f"{report.name}.log"
         name = "MAPL" if setting == MAPL else "MAPL, " + setting.replace("--mapl-", "")
-        mapl, counted = train(name, [*flags, *data, *own], steps, log), load(report)
+        mapl, counted = train(name, [*flags, *data, *own], steps, log), load_counted(report)
         runs.append(
             dataclasses.replace(
                 mapl,
@@ -116,8 +117,7 @@ def train(name: str, flags: Sequence[str], steps: int, log: Path) -> Run:
     if len(seen.steps) != steps or seen.finished != steps:
         raise DemoError(f"the log shows {len(seen.steps)} of {steps} steps, or no last validation "
                         f"loss; see {log}")  # fmt: skip
-    nothing = Traffic(0, 0)
-    return Run(name, seen.losses, seen.validations, nothing, nothing, seen.seconds)
+    return Run(name, seen.losses, seen.validations, seconds=seen.seconds)
 
 
 def run_job(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -> None:

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Megatron's names of losses in TensorBoard.
+_TRAINING, _VALIDATION = "lm loss", "lm loss validation"
+
 
 class ReportError(ValueError):
     """A report that is missing or not what this tool reads."""
@@ -26,3 +29,24 @@ def metrics_lines(path: Path) -> list[dict[str, Any]]:
                 raise
             break  # a run that goes on, or was killed, may be in the middle of its last line
     return entries
+
+
+def event_losses(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Training and validation losses by step, as Megatron wrote them to a --tensorboard-dir.
+
+    Both are empty if the directory has no such events.
+    """
+    if not any(directory.glob("events.out.tfevents.*")):
+        return [], []
+    # Importing it takes a second.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    known = events.Tags()["scalars"]
+    training, validation = (
+        [(event.step, event.value) for event in events.Scalars(tag)] if tag in known else []
+        for tag in (_TRAINING, _VALIDATION)
+    )
+    # At the end Megatron writes the test loss under the same name and step, after the other.
+    return training, sorted(dict(reversed(validation)).items())

@@ -8,23 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from figures import COLOURS, picture
+from figures import picture, plain
 from mapl.files import METRICS_FILE
+from report_curves import Curves, Pen, draw_curves, legend, number, pens
 from report_files import ReportError, metrics_lines
 
 _GREY = "#666666"
-
-
-@dataclass(frozen=True)
-class _Pen:
-    """How a run is drawn."""
-
-    colour: str
-    width: float
-
-
-# boundary → its value at each step that was measured, NaN where there is none
-Curves = dict[int, list[float]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,16 @@ class Measured:
     angles: dict[tuple[int, int], float]
 
 
-def load(directory: Path) -> Measured:
+# Runs, and how each is drawn.
+type Drawn = Sequence[tuple[Measured, Pen]]
+
+
+def load(directory: Path, name: str) -> Measured:
     """Read the geometry of one run report.
+
+    Args:
+        directory: of the report.
+        name: of the run.
 
     Raises:
         ReportError: the report is missing or damaged, or nothing was measured.
@@ -73,12 +70,12 @@ def load(directory: Path) -> Measured:
         def curves(name: str) -> Curves:
             return {
                 # A run that was resumed in another pipeline had other boundaries before.
-                boundary: [_number(e[boundary][name] if boundary in e else None) for e in measured]
+                boundary: [number(e[boundary][name] if boundary in e else None) for e in measured]
                 for boundary in measured[-1]
             }
 
         return Measured(
-            name=directory.name or str(directory),
+            name=name,
             steps=[int(line["iteration"]) for line in lines],
             kept=curves("energy_kept"),
             ceiling=curves("energy_ceiling"),
@@ -103,14 +100,15 @@ def draw(runs: Sequence[Measured], path: Path) -> None:
     """Energy, Pearson and rank over training, and a map of angles for each run."""
     columns = 2 if len(runs) == 1 else 3
     rows = math.ceil((3 + len(runs)) / columns)
+    drawn = pens(runs)
     with picture(path, figsize=(5.2 * columns, 4.3 * rows)) as figure:
         energy, pearson, rank, *others = figure.subplots(rows, columns, squeeze=False).flat
-        _draw_energy(energy, runs)
-        _draw_pearson(pearson, runs)
-        _draw_rank(rank, runs)
+        draw_energy(energy, drawn)
+        draw_pearson(pearson, drawn)
+        draw_rank(rank, drawn)
         maps, unused = others[: len(runs)], others[len(runs) :]
         for axes, run in zip(maps, runs, strict=True):
-            _draw_angles(axes, run, of_several=len(runs) > 1)
+            draw_angles(axes, run, of_several=len(runs) > 1)
         for axes in unused:
             axes.set_axis_off()
         handles, labels = energy.get_legend_handles_labels()
@@ -120,12 +118,12 @@ def draw(runs: Sequence[Measured], path: Path) -> None:
             figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
-def _draw_energy(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, pen in _pens(runs):
-        _draw_curves(axes, run.steps, run.kept, pen, label=_title(run))
-        label = f"{run.name}, the best subspaces of rank r"
-        _draw_curves(axes, run.steps, run.ceiling, pen, label=label, style=":")
-    levels = sorted({level[-1] for run in runs for level in run.random.values()})
+def draw_energy(axes: Any, drawn: Drawn) -> None:
+    for run, pen in drawn:
+        draw_curves(axes, run.steps, run.kept, pen, label=legend(run.name, run.kept))
+        label = f"{plain(run.name)}, the best subspaces of rank r"
+        draw_curves(axes, run.steps, run.ceiling, pen, label=label, style=":")
+    levels = sorted({level[-1] for run, _ in drawn for level in run.random.values()})
     for level in levels:
         axes.axhline(level, color=_GREY, linestyle="--", linewidth=1, zorder=1)
     label = f"random subspaces, r/d = {', '.join(f'{level:.3g}' for level in levels)}"
@@ -134,19 +132,19 @@ def _draw_energy(axes: Any, runs: Sequence[Measured]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_pearson(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, pen in _pens(runs):
-        _draw_curves(axes, run.steps, run.pearson, pen)
+def draw_pearson(axes: Any, drawn: Drawn) -> None:
+    for run, pen in drawn:
+        draw_curves(axes, run.steps, run.pearson, pen)
     axes.set(title="Pairwise cosines of tokens, before and after", xlabel="step")
     axes.set_ylabel("Pearson correlation")
     axes.set_ylim(top=1.0 + 0.02 * (1.0 - axes.get_ylim()[0]))
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_rank(axes: Any, runs: Sequence[Measured]) -> None:
-    for run, pen in _pens(runs):
-        _draw_curves(axes, run.steps, run.rank_99, pen)
-    for r in sorted({r for run in runs for r in run.ranks.values()}):
+def draw_rank(axes: Any, drawn: Drawn) -> None:
+    for run, pen in drawn:
+        draw_curves(axes, run.steps, run.rank_99, pen)
+    for r in sorted({r for run, _ in drawn for r in run.ranks.values()}):
         axes.axhline(r, color=_GREY, linestyle="--", linewidth=1)
         axes.annotate(f"r = {r}", (1, r), xycoords=("axes fraction", "data"), xytext=(-2, 3),
                       textcoords="offset points", ha="right", fontsize=9, color=_GREY)  # fmt: skip
@@ -155,7 +153,7 @@ def _draw_rank(axes: Any, runs: Sequence[Measured]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
+def draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
     boundaries = sorted(run.ranks)
     table = [
         [run.angles.get((min(p, q), max(p, q)), math.nan) for q in boundaries] for p in boundaries
@@ -178,48 +176,9 @@ def _draw_angles(axes: Any, run: Measured, *, of_several: bool) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     title = f"Mean principal angle, step {run.steps[-1]}"
-    axes.set(title=f"{title}\n{run.name}" if of_several else title)
+    axes.set(title=f"{title}\n{plain(run.name)}" if of_several else title)
     axes.set(xlabel="boundary", ylabel="boundary")
     if run.angles:
         axes.figure.colorbar(image, ax=axes, ticks=[0, 30, 60, 90], format="%d°", shrink=0.8)
     else:
         axes.text(0, 0, "one boundary alone", ha="center", va="center")
-
-
-def _draw_curves(
-    axes: Any,
-    steps: list[int],
-    curves: Curves,
-    pen: _Pen,
-    *,
-    label: str | None = None,
-    style: str = "o-",
-) -> None:
-    """One line a boundary, from the pen's colour itself to a light shade of it."""
-    for index, boundary in enumerate(sorted(curves)):
-        axes.plot(
-            steps, curves[boundary], style, color=_shade(pen.colour, index, len(curves)),
-            linewidth=pen.width, markersize=2 * pen.width, label=label if index == 0 else None,
-        )  # fmt: skip
-
-
-def _pens(runs: Sequence[Measured]) -> list[tuple[Measured, _Pen]]:
-    """Earlier runs are drawn broader, so that they show under later ones of equal values."""
-    widths = (1.5 + 1.5 * place for place in reversed(range(len(runs))))
-    pens = map(_Pen, itertools.cycle(COLOURS), widths)
-    return list(zip(runs, pens, strict=True))
-
-
-def _shade(colour: str, index: int, count: int) -> tuple[float, ...]:
-    white = 0.65 * index / max(1, count - 1)
-    channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return tuple(channel + (1 - channel) * white for channel in channels)
-
-
-def _title(run: Measured) -> str:
-    first, *more = sorted(run.kept)
-    return f"{run.name}, boundary {first}" + (f" (dark) to {more[-1]} (light)" if more else "")
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -14,8 +14,8 @@ import psutil
 
 import slow_network_plan as plan
 from mapl.files import TRAFFIC_FILE
-from report import load
 from report_files import ReportError
+from report_runs import load_counted
 from shaped_hosts import ShapedHosts
 from slow_network_goodput import goodput
 from slow_network_job import Course, JobError, Place, Training
@@ -139,10 +139,11 @@ class Measuring:
             return Traffic(sizes.step_bytes, sizes.step_bytes, busiest)
         directory = self._report(setting)
         try:
-            run = load(directory)
+            run = load_counted(directory)
             steps = json.loads((directory / TRAFFIC_FILE).read_bytes())["steps"]
         except ReportError as error:
             raise JobError(str(error)) from None
+        assert run.traffic is not None and run.uncompressed is not None
         # All links are alike, and each side of one sends its part of the projector's gradient.
         links = sizes.stages - 1
         one_way = max(run.traffic.forward, run.traffic.backward) + run.traffic.projector / 2

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from figures import COLOURS, save
-from report import smoothed
+from report_runs import smoothed
 from sweep_results import Row, front, means
 
 _MARKERS = ("o", "s", "^", "D")

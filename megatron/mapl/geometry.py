@@ -92,21 +92,6 @@ def collect(runtime: MaplRuntime, step: int) -> dict[str, Any]:
     }
 
 
-def scalars(measured: dict[str, Any]) -> dict[str, float | None]:
-    """The same for TensorBoard and W&B: name → value."""
-    named = {}
-    for entry in measured["boundaries"]:
-        for name, value in entry.items():
-            if name != "boundary":
-                place = f"mapl/geometry/boundary-{entry['boundary']}"
-                named[f"{place}/{name.replace('_', '-')}"] = value
-    for entry in measured["angles"]:
-        place = f"mapl/geometry/angle-{'-'.join(map(str, entry['boundaries']))}"
-        for name in ("mean_degrees", "smallest_degrees"):
-            named[f"{place}/{name.replace('_', '-')}"] = entry[name]
-    return named
-
-
 def _angles(runtime: MaplRuntime, holders: dict[int, int]) -> list[Angles]:
     """Between all pairs of boundaries; rank 0 computes them and tells the others.
 

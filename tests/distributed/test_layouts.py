@@ -195,51 +195,6 @@ def test_evaluation_with_another_micro_batch_size(cluster: Cluster) -> None:
     assert mapl.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
-def test_metrics(cluster: Cluster) -> None:
-    layout = LAYOUTS["pp4"]
-    result = cluster.run(
-        4,
-        layout.command(
-            f"--mapl-rank {RANK} --mapl-log-interval 2 --tensorboard-dir board "
-            "--mapl-projector-lr-mult 3 --mapl-geometry-interval 4"
-        ),
-    )
-    lines = result.metrics
-    assert ["geometry" in line for line in lines] == [False, True]
-    geometry = lines[1]["geometry"]
-    far, near = (
-        {tuple(entry["boundaries"]): entry["mean_degrees"] for entry in angles}
-        for angles in (geometry["angles"], lines[1]["angles"])
-    )
-    assert [*far] == [(0, 1), (0, 2), (1, 2)]
-    assert near == pytest.approx({pair: far[pair] for pair in near}, abs=0.05)
-    assert [line["iteration"] for line in lines] == [2, 4]
-    assert lines[0]["loss"] == pytest.approx(sum(result.losses[:2]) / 2)
-    for line in lines:
-        assert [entry["boundary"] for entry in line["boundaries"]] == [0, 1, 2]
-        assert [entry["boundaries"] for entry in line["angles"]] == [[0, 1], [1, 2]]
-        for entry in line["boundaries"]:
-            assert 0 < entry["energy_kept"] < 1
-            assert entry["orthonormality_error"] < 1e-5
-            assert entry["gradient_norm"] > 0
-        assert all(0 < entry["mean_degrees"] < 90 for entry in line["angles"])
-    assert lines[1]["sent_bytes"] == 2 * lines[0]["sent_bytes"]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(result.folder / "board"))
-    events.Reload()
-    logged = events.Scalars("mapl/boundary-1/energy-kept")
-    assert [event.step for event in logged] == [2, 4]
-    assert logged[1].value == pytest.approx(lines[1]["boundaries"][1]["energy_kept"])
-    assert events.Scalars("mapl/ratio")[1].value == pytest.approx(lines[1]["ratio"])
-    for tag, value in (
-        ("boundary-2/cosine-pearson", geometry["boundaries"][2]["cosine_pearson"]),
-        ("angle-0-2/mean-degrees", far[0, 2]),
-    ):
-        (event,) = events.Scalars(f"mapl/geometry/{tag}")
-        assert event.step == 4 and event.value == pytest.approx(value)
-
-
 @pytest.mark.parametrize("name", ["pp2-vpp2-overlapped", "pp2-dp2"])
 def test_measuring_changes_nothing_else(cluster: Cluster, name: str) -> None:
     """In each step, the first included, between steps that evaluate."""

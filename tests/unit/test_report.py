@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 import report
-from report import Run, Traffic
+import report_pictures
+import report_runs
+from mapl.files import METRICS_FILE, TRAFFIC_FILE
+from report_runs import Run, Traffic
 
 
 def entry(header: int, ids: int, latents: int, projector: int, payloads: int) -> dict[str, int]:
@@ -33,15 +36,15 @@ def write_report(
         "boundaries": [{"boundary": b, **one} for b in range(boundaries)],
         "seconds": {"after_first_step": 12.0, "communication": {"mean": 3.0, "max": 4.0}},
     }
-    (directory / report.TRAFFIC_FILE).write_text(json.dumps(traffic))
+    (directory / TRAFFIC_FILE).write_text(json.dumps(traffic))
     if losses is not None:
         lines = [json.dumps({"iteration": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
-        (directory / report.METRICS_FILE).write_text("\n".join(lines) + "\n")
+        (directory / METRICS_FILE).write_text("\n".join(lines) + "\n")
     return directory
 
 
 def test_load_adds_up_all_kinds_over_all_boundaries(tmp_path: Path) -> None:
-    run = report.load(write_report(tmp_path / "mapl", losses=[5.0, 4.0]))
+    run = report_runs.load(write_report(tmp_path / "mapl", losses=[5.0, 4.0])).run
     assert run.name == "mapl"
     assert run.losses == [(1, 5.0), (2, 4.0)]
     assert run.traffic == Traffic(forward=280, backward=132, projector=84)
@@ -52,15 +55,15 @@ def test_load_adds_up_all_kinds_over_all_boundaries(tmp_path: Path) -> None:
 
 def test_load_takes_a_run_that_is_writing_its_last_line(tmp_path: Path) -> None:
     directory = write_report(tmp_path / "mapl", losses=[5.0])
-    with (directory / report.METRICS_FILE).open("a") as file:
+    with (directory / METRICS_FILE).open("a") as file:
         file.write('{"iteration": 2, "lo')
-    assert report.load(directory).losses == [(1, 5.0)]
+    assert report_runs.load(directory).run.losses == [(1, 5.0)]
 
 
 def test_load_does_without_metrics(tmp_path: Path) -> None:
-    run = report.load(write_report(tmp_path / "mapl"))
+    run = report_runs.load(write_report(tmp_path / "mapl")).run
     assert run.losses == []
-    assert "mapl" in report.table([run])
+    assert "mapl" in report_runs.table([run])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_a_missing_or_damaged_report_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
 ) -> None:
     if text is not None:
-        (tmp_path / report.TRAFFIC_FILE).write_text(text)
+        (tmp_path / TRAFFIC_FILE).write_text(text)
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -90,7 +93,7 @@ def some_run(name: str = "MAPL") -> Run:
 
 
 def test_table_shows_every_byte_and_lines_up() -> None:
-    text = report.table([some_run(), some_run("another name")])
+    text = report_runs.table([some_run(), some_run("another name")])
     header, _, first, _ = text.splitlines()
     assert len(set(map(len, text.splitlines()))) == 1
     columns = {"training loss": "7.900 → 6.200", "validation loss": "6.2500", "forward MB": "4.0",
@@ -102,20 +105,20 @@ def test_table_shows_every_byte_and_lines_up() -> None:
 
 
 def test_markdown_table_has_equal_columns() -> None:
-    lines = report.table([some_run()], markdown=True).splitlines()
+    lines = report_runs.table([some_run()], markdown=True).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert set(lines[1]) <= set("|-: ")
 
 
 def test_smoothed_is_a_trailing_mean() -> None:
-    assert report.smoothed([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
-    assert report.smoothed([]) == []
+    assert report_runs.smoothed([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
+    assert report_runs.smoothed([]) == []
 
 
 def test_draw_writes_a_whole_png(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "picture.png"
     plain = some_run("uncompressed")
-    report.draw([plain, some_run()], path)
+    report_pictures.draw([plain, some_run()], path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in content[-12:]
     width, height = struct.unpack(">II", content[16:24])

@@ -12,6 +12,7 @@ import pytest
 
 import report
 import report_geometry
+from mapl.files import METRICS_FILE
 from report_files import ReportError
 from test_report import write_report
 
@@ -55,19 +56,19 @@ def write_measured(directory: Path, *, boundaries: int = 3, learns: bool = True)
     for line in lines[1::2]:
         line["geometry"] = geometry(line["iteration"], boundaries=boundaries, learns=learns)
     text = "\n".join(map(json.dumps, lines))
-    (directory / report.METRICS_FILE).write_text(text + "\n")
+    (directory / METRICS_FILE).write_text(text + "\n")
     return directory
 
 
 def test_load(tmp_path: Path) -> None:
     directory = write_measured(tmp_path / "learned")
-    path = directory / report.METRICS_FILE
+    path = directory / METRICS_FILE
     lines = path.read_text().splitlines()
     changed = json.loads(lines[1])
     changed["geometry"]["boundaries"][1]["cosine_pearson"] = None
     del changed["geometry"]["boundaries"][2]
     path.write_text("\n".join([lines[0], json.dumps(changed), *lines[2:]]) + '\n{"iteration": 10')
-    run = report_geometry.load(directory)
+    run = report_geometry.load(directory, "learned")
     assert run.name == "learned" and run.steps == list(range(100, 1001, 100))
     assert run.kept[1][3] == measured(1, 400)["energy_kept"]
     assert run.ceiling[2][-1] == 0.8 and run.random[0][0] == 0.125
@@ -85,7 +86,7 @@ def test_load(tmp_path: Path) -> None:
 def test_draw_writes_a_whole_png(tmp_path: Path, number: int, boundaries: int) -> None:
     runs = [
         report_geometry.load(
-            write_measured(tmp_path / f"run-{n}", boundaries=boundaries, learns=n != 1)
+            write_measured(tmp_path / f"run-{n}", boundaries=boundaries, learns=n != 1), f"run-{n}"
         )
         for n in range(number)
     ]
@@ -122,11 +123,11 @@ def test_a_run_without_geometry_is_one_line_and_no_picture(
 ) -> None:
     run = write_report(tmp_path / "run")
     if line is not None:
-        (run / report.METRICS_FILE).write_text(json.dumps(line) + "\n")
+        (run / METRICS_FILE).write_text(json.dumps(line) + "\n")
     out = tmp_path / "geometry.png"
     assert report.main([str(run), "--geometry", str(out), "--output", str(tmp_path / "o.png")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not out.exists() and not (tmp_path / "o.png").exists()
     with pytest.raises(ReportError, match="mapl_metrics"):
-        report_geometry.load(run)
+        report_geometry.load(run, "run")
