@@ -156,7 +156,7 @@ def test_models_that_are_broken(tmp_path: Path, file: str, content: str, said: s
 
 
 def test_a_sequence_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="--seq-length 65 .* at most 64"):
+    with pytest.raises(ConversionError, match=r"--seq-length 65 .* at most 64"):
         words_of(a_llama(tmp_path / "m"), "--seq-length", "65")
 
 
