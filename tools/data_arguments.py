@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from cli import Parser, positive
 from data_sources import DataError
 from data_tokenizer import HUGGINGFACE, SENTENCEPIECE
 
@@ -59,11 +60,6 @@ class Arguments:
         return {**settings, "tokenizer_sha256": _digest(self.tokenizer_model)}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> Arguments:
     """Parse and validate; a fault is one line on stderr and exit code 2."""
     parser = _build_parser(description)
@@ -87,13 +83,8 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> Argu
     return Arguments(**arguments)
 
 
-def _build_parser(description: str | None) -> _Parser:
-    parser = _Parser(
-        prog="prepare_data.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _build_parser(description: str | None) -> Parser:
+    parser = Parser("prepare_data.py", description)
     where = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--input",
@@ -122,7 +113,7 @@ def _build_parser(description: str | None) -> _Parser:
         "SentencePiece BPE model on the input and write it to PREFIX.model)",
     )
     group.add_argument(
-        "--vocab-size", type=_positive, help="pieces of the model to train (default: 8192)"
+        "--vocab-size", type=positive, help="pieces of the model to train (default: 8192)"
     )
     group.add_argument(
         "--append-eod",
@@ -135,7 +126,7 @@ def _build_parser(description: str | None) -> _Parser:
     return parser
 
 
-def _add_output_flags(parser: _Parser) -> None:
+def _add_output_flags(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-prefix", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin, .idx, ..."
@@ -152,16 +143,10 @@ def _add_output_flags(parser: _Parser) -> None:
     )
     group.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=os.cpu_count() or 1,
         help="processes that tokenise (default: one a core)",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
 
 
 def _fraction(text: str) -> Fraction:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_checkpoint import ConversionError, MegatronCheckpoint
+from hf_checkpoint import MegatronCheckpoint
+from hf_errors import ConversionError
 from hf_output import Weight
 from mapl.codecs import default_rvq_groups
 from mapl.config import MaplConfig
@@ -43,6 +44,15 @@ class Boundaries:
         return [number for number, rank in enumerate(self.plan.ranks) if rank]
 
     @property
+    def anchored(self) -> list[int]:
+        """The stages whose anchors are exported: those at a compressed boundary."""
+        if self.config.anchor == "none":
+            return []
+        if self.shared_anchor:
+            return [0]
+        return sorted({stage for number in self.compressed for stage in (number, number + 1)})
+
+    @property
     def shared_anchor(self) -> bool:
         """Whether all stages have one anchor: a frozen table is drawn alike on each."""
         return self.config.anchor == "static"
@@ -55,26 +65,27 @@ class Boundaries:
     def settings(self) -> dict[str, Any]:
         """The `mapl_` fields of a `MaplLlamaConfig`."""
         codecs, has_anchor = self.config.codec_settings, self.config.anchor != "none"
+        anchored = self.anchored
+        place = {stage: index for index, stage in enumerate(anchored)}
         entries = []
         for number in self.compressed:
             entry = {
                 "layer": self.cuts[number],
                 "rank": self.plan.width(number),
                 "codec": self.plan.forward_codecs[number],
-                "sender": 0 if self.shared_anchor else number,
-                "receiver": 0 if self.shared_anchor else number + 1,
+                "sender": place.get(number, 0),
+                "receiver": place.get(number + 1, 0),
             }
             if entry["codec"] == "rvq":
                 width = self.plan.width(number)
                 entry["rvq_groups"] = codecs.rvq_groups or default_rvq_groups(width)
             entries.append(entry)
-        stages = (1 if self.shared_anchor else len(self.stages)) if has_anchor else 0
         buckets = 0
         if self.config.anchor == "bigram":
             buckets = self.checkpoint.shape(self._stage_key(0, "B"))[0]
         return {
             "mapl_boundaries": entries,
-            "mapl_stages": stages,
+            "mapl_stages": len(anchored),
             "mapl_anchor": self.config.anchor,
             "mapl_anchor_rank": self._anchor_width() if has_anchor else 0,
             "mapl_anchor_buckets": buckets,
@@ -101,8 +112,8 @@ class Boundaries:
         settings = self.settings()
         width = settings["mapl_anchor_rank"]
         table = "table" if self.config.anchor == "static" else "E"
-        for stage in range(settings["mapl_stages"]):
-            name, key = f"model.anchors.{stage}", self._stage_key(stage, table)
+        for index, stage in enumerate(self.anchored):
+            name, key = f"model.anchors.{index}", self._stage_key(stage, table)
             add(f"{name}.tokens", (vocab_size, width), partial(self._rows, key, vocab_size))
             if self.config.anchor == "bigram":
                 key = self._stage_key(stage, "B")

@@ -1,75 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's `torch_dist` checkpoints, read and written by one process on a CPU.
+"""Megatron's `torch_dist` checkpoints, read by one process on a CPU.
 
 The format is that of `torch.distributed.checkpoint`, so neither Megatron nor process groups are
 needed. Tensors are global: how many ranks wrote them, and in which layout, does not show. What is
-no tensor (Megatron's arguments) is pickled; classes of Megatron in it are replaced by stand-ins,
-and nothing but the few classes named here is called.
+no tensor (Megatron's arguments, the list of tensors) is pickled, and read by `hf_unpickling`.
 """
 
 import argparse
 import io
-import json
 import math
-import pickle
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.state_dict_saver import save
+
+import hf_unpickling
+from hf_errors import ConversionError, read_json
 
 #: Megatron's key, in older and in newer versions, of what is no tensor.
-_COMMON_FILE, _COMMON_KEY = "common.pt", "common_state/shard_0_1"
-_TRACKER = "latest_checkpointed_iteration.txt"
-_FORMAT_FILE = "metadata.json"
-
-#: What pickled arguments may hold beside stand-ins.
-_KNOWN_CLASSES = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): SimpleNamespace,
-}
+_COMMON_FILE, COMMON_KEY = "common.pt", "common_state/shard_0_1"
+TRACKER = "latest_checkpointed_iteration.txt"
+FORMAT_FILE = "metadata.json"
+_METADATA_FILE = ".metadata"
 
 
-class ConversionError(Exception):
-    """A fault that the user can mend; one line."""
+class _Reader(FileSystemReader):
+    """PyTorch's reader, which would unpickle anything, over pickles that call what is known."""
 
-
-class StandIn:
-    """In place of an object whose class is not loaded; keeps what it was built from."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN_CLASSES:
-            return _KNOWN_CLASSES[module, name]
-        if module.partition(".")[0] in ("torch", "collections"):
-            value = super().find_class(module, name)
-            if isinstance(value, torch.dtype) or module in ("torch._utils", "collections"):
-                return value
-            if isinstance(value, type) and name.endswith("Storage"):
-                return value
-        return type(name, (StandIn,), {})
-
-
-_PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__=__name__)
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = Path(self.path) / _METADATA_FILE
+        with file.open("rb") as stream:
+            found = hf_unpickling.load_pickle(file, stream)
+        if not isinstance(found, Metadata) or not found.storage_data:
+            raise ConversionError(f"{file} is no list of tensors; save the checkpoint again")
+        return found
 
 
 class MegatronCheckpoint:
@@ -90,7 +64,7 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.folder = _iteration_folder(directory)
-        self._reader = FileSystemReader(self.folder)
+        self._reader = _Reader(self.folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {}
@@ -132,23 +106,21 @@ class MegatronCheckpoint:
 
     def _common(self) -> dict[str, Any]:
         file = self.folder / _COMMON_FILE
+        common: Any = {}
         if file.is_file():
-            common = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
-        elif _COMMON_KEY in self._objects:
+            with file.open("rb") as stream:
+                common = hf_unpickling.load_torch(file, stream)
+        elif COMMON_KEY in self._objects:
             (item,) = [
-                info
-                for index, info in self._reader.storage_data.items()
-                if index.fqn == _COMMON_KEY
+                info for index, info in self._reader.storage_data.items() if index.fqn == COMMON_KEY
             ]
-            with (self.folder / item.relative_path).open("rb") as stream:
+            file = self.folder / item.relative_path
+            with file.open("rb") as stream:
                 stream.seek(item.offset)
-                data = io.BytesIO(stream.read(item.length))
-            common = torch.load(data, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
-        else:
-            common = {}
+                common = hf_unpickling.load_torch(file, io.BytesIO(stream.read(item.length)))
         if isinstance(common, list):
             common = common[0]
-        if "args" not in common:
+        if not isinstance(common, dict) or "args" not in common:
             raise ConversionError(
                 f"--load {self.folder}: the arguments of its run are not in it, so its shape is "
                 "unknown; give a checkpoint that Megatron's training saved"
@@ -192,49 +164,23 @@ class _IntoTensor(LoadPlanner):
 
 
 def _iteration_folder(directory: Path) -> Path:
-    folder, tracker = directory, directory / _TRACKER
+    folder, tracker = directory, directory / TRACKER
     if tracker.is_file():
         step = tracker.read_text().strip()
+        if step != "release" and not step.isdecimal():
+            raise ConversionError(
+                f"{tracker} says {step[:40]!r}, which is no step; give a folder iter_… with --load"
+            )
         folder = directory / (step if step == "release" else f"iter_{int(step):07d}")
-    file = folder / _FORMAT_FILE
+    file = folder / FORMAT_FILE
     if not file.is_file():
         raise ConversionError(
-            f"--load {directory}: there is no {_FORMAT_FILE} in {folder}, so it is no checkpoint "
+            f"--load {directory}: there is no {FORMAT_FILE} in {folder}, so it is no checkpoint "
             "of --ckpt-format torch_dist; give what was --save, or a folder iter_… in it"
         )
-    kind = json.loads(file.read_text()).get("sharded_backend")
+    kind = read_json(file).get("sharded_backend")
     if kind != "torch_dist":
         raise ConversionError(
             f"--load {directory} has the format {kind}; only --ckpt-format torch_dist is read"
         )
     return folder
-
-
-def write_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], args: argparse.Namespace, layers: Sequence[str]
-) -> None:
-    """Writes what Megatron loads as a converted ("release") checkpoint, at iteration 0.
-
-    Args:
-        folder: that is to hold it, empty.
-        tensors: key → tensor, stacked over the layers.
-        args: Megatron's arguments that tell the model's shape.
-        layers: keys of modules that have an (empty) extra state, which Megatron asks for.
-    """
-    release, count = folder / "release", args.num_layers
-    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    # Megatron keeps each object as a list of one.
-    state: dict[str, Any] = {**tensors, _COMMON_KEY: [common]}
-    for key in layers:
-        for layer in range(count):
-            state[f"{key}._extra_state/shard_{layer}_{count}"] = [None]
-    save(
-        state,
-        storage_writer=FileSystemWriter(release),
-        planner=DefaultSavePlanner(flatten_state_dict=False),
-        no_dist=True,
-    )
-    (release / _FORMAT_FILE).write_text(
-        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    )
-    (folder / _TRACKER).write_text("release")

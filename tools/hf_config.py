@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's arguments ↔ the configuration of a LLaMA in transformers.
 
-What a LLaMA has is checked, not assumed: an argument that would make the model another function is
-refused by its name.
+That Megatron's are those of a LLaMA is `hf_check`'s to say.
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_checkpoint import ConversionError
+from hf_errors import ConversionError
 
 #: Llama 3's rotary scaling, as Megatron's --use-rope-scaling has it; the factor is a flag.
 _LLAMA3 = {
@@ -19,66 +20,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
-#: dest → the values that a LLaMA has, the flag that sets another.
-_NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "normalization": (("RMSNorm",), "--normalization"),
-    "layernorm_zero_centered_gamma": ((False,), "--apply-layernorm-1p"),
-    "apply_layernorm_1p": ((False,), "--apply-layernorm-1p"),
-    "apply_residual_connection_post_layernorm": (
-        (False,),
-        "--apply-residual-connection-post-layernorm",
-    ),
-    "position_embedding_type": (("rope",), "--position-embedding-type"),
-    "rotary_percent": ((1.0,), "--rotary-percent"),
-    "rotary_interleaved": ((False,), "--rotary-interleaved"),
-    "rotary_seq_len_interpolation_factor": ((None,), "--rotary-seq-len-interpolation-factor"),
-    "no_rope_freq": ((None,), "--no-rope-freq"),
-    "swiglu": ((True,), "the activation (no --swiglu)"),
-    "squared_relu": ((False,), "--squared-relu"),
-    "quick_geglu": ((False,), "--quick-geglu"),
-    "glu_linear_offset": ((0.0,), "--glu-linear-offset"),
-    "activation_func_clamp_value": ((None,), "--activation-func-clamp-value"),
-    "add_bias_linear": ((False,), "biases (no --disable-bias-linear)"),
-    "add_qkv_bias": ((False,), "--add-qkv-bias"),
-    "qk_layernorm": ((False,), "--qk-layernorm"),
-    "qk_l2_norm": ((False,), "--qk-l2-norm"),
-    "softmax_type": (("vanilla",), "--softmax-type"),
-    "window_size": ((None,), "--window-size"),
-    "attention_output_gate": ((False,), "--attention-output-gate"),
-    "experimental_attention_variant": ((None,), "--experimental-attention-variant"),
-    "multi_latent_attention": ((False,), "--multi-latent-attention"),
-    "num_experts": ((None,), "--num-experts"),
-    "mtp_num_layers": ((None, 0), "--mtp-num-layers"),
-    "use_mup": ((False,), "--use-mup"),
-    "hybrid_layer_pattern": ((None,), "--hybrid-layer-pattern"),
-    "heterogeneous_layers_config_path": ((None,), "--heterogeneous-layers-config-path"),
-    "heterogeneous_layers_config_encoded_json": (
-        (None,),
-        "--heterogeneous-layers-config-encoded-json",
-    ),
-}
-
-
-def check_llama(args: argparse.Namespace) -> None:
-    """Refuses what is no LLaMA.
-
-    Raises:
-        ConversionError: names the argument and its value.
-    """
-    for dest, (allowed, flag) in _NEEDED.items():
-        value = getattr(args, dest, allowed[0])
-        if value not in allowed:
-            shown = flag if isinstance(value, bool) or " " in flag else f"{flag} {value}"
-            raise ConversionError(
-                f"the model was trained with {shown}, which no LLaMA has: it cannot be converted"
-            )
-
 
 def llama_settings(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of a `LlamaConfig`.
 
     Args:
-        args: Megatron's, as `check_llama` takes them.
+        args: Megatron's, as `hf_check.check_llama` takes them.
         vocab_size: tokens without padding.
         dtype: of the weights.
     """
@@ -105,6 +52,22 @@ def llama_settings(args: argparse.Namespace, vocab_size: int, dtype: torch.dtype
         "mlp_bias": False,
         "dtype": dtype,
     }
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Writes config.json.
+
+    transformers 5 writes `rope_parameters` and `dtype` alone, of which 4.x and other tools know
+    nothing: they would take the default base. So their names stand there too.
+    """
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    rope = dict(content["rope_parameters"])
+    content["rope_theta"] = rope.pop("rope_theta")
+    content["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    content["torch_dtype"] = content["dtype"]
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def megatron_arguments(config: Any, sequence_length: int) -> dict[str, Any]:

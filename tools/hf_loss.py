@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of a model in transformers on a Megatron dataset."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_checkpoint import ConversionError
+from hf_errors import ConversionError
 
 #: .idx: what it begins with, and its codes of number types.
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -35,8 +36,10 @@ def read_tokens(prefix: Path) -> np.ndarray[Any, Any]:
     return np.memmap(data, dtype=_DTYPES[head[17]], mode="r")
 
 
-def windows(prefix: Path, length: int, count: int | None, vocab_size: int) -> Tensor:
-    """Samples as Megatron cuts them: `length` + 1 tokens, of which the last begins the next one.
+class Windows:
+    """Consecutive windows of a dataset, in the order of its file: `length` + 1 tokens each.
+
+    The last token of one is the first of the next. Nothing but the batch at hand is in memory.
 
     Args:
         prefix: of the dataset.
@@ -44,43 +47,51 @@ def windows(prefix: Path, length: int, count: int | None, vocab_size: int) -> Te
         count: how many, from the start; None for all.
         vocab_size: of the model.
 
-    Returns:
-        int64 [n, length + 1].
-
     Raises:
         ConversionError: there is not enough data, or it is that of another tokenizer.
     """
-    tokens = read_tokens(prefix)
-    available = (len(tokens) - 1) // length
-    if available < 1:
-        raise ConversionError(
-            f"--data {prefix} has {len(tokens)} tokens, fewer than a sequence of {length} and the "
-            "token behind it"
-        )
-    number = available if count is None else min(count, available)
-    starts = np.arange(number)[:, None] * length
-    found = torch.from_numpy(np.asarray(tokens[starts + np.arange(length + 1)]).astype(np.int64))
-    if int(found.max()) >= vocab_size:
-        raise ConversionError(
-            f"--data {prefix} holds the token {int(found.max())}, but the model knows "
-            f"{vocab_size}; give data of its own tokenizer"
-        )
-    return found
+
+    def __init__(self, prefix: Path, length: int, count: int | None, vocab_size: int) -> None:
+        self._tokens, self.length = read_tokens(prefix), length
+        available = (len(self._tokens) - 1) // length
+        if available < 1:
+            raise ConversionError(
+                f"--data {prefix} has {len(self._tokens)} tokens, fewer than a sequence of "
+                f"{length} and the token behind it"
+            )
+        self._count = available if count is None else min(count, available)
+        largest = int(self._tokens[: self._count * length + 1].max())
+        if largest >= vocab_size:
+            raise ConversionError(
+                f"--data {prefix} holds the token {largest}, but the model knows {vocab_size}; "
+                "give data of its own tokenizer"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """int64 [at most `size`, length + 1], one after another."""
+        for start in range(0, len(self), size):
+            number = min(size, len(self) - start)
+            first = start * self.length
+            tokens = np.asarray(self._tokens[first : first + number * self.length + 1], np.int64)
+            yield torch.from_numpy(tokens).unfold(0, self.length + 1, self.length)
 
 
 @torch.no_grad()
-def mean_loss(model: Any, samples: Tensor, what: str, batch: int = 4) -> float:
+def mean_loss(model: Any, samples: Windows, what: str, batch: int = 4) -> float:
     """Mean cross-entropy in nats over all tokens but the first of each sample.
 
     Args:
         model: a causal language model, on whose device it is computed.
-        samples: [n, s + 1].
+        samples: what it is measured on.
         what: to be shown beside the progress bar.
         batch: samples at once.
     """
     total, model = 0.0, model.eval()
     with tqdm(total=len(samples), unit="sample", desc=what, disable=None) as bar:
-        for part in samples.split(batch):
+        for part in samples.batches(batch):
             part = part.to(model.device)
             logits = model(part[:, :-1], use_cache=False).logits.float()
             losses = torch.nn.functional.cross_entropy(
@@ -88,4 +99,4 @@ def mean_loss(model: Any, samples: Tensor, what: str, batch: int = 4) -> float:
             )
             total += float(losses.double())
             bar.update(len(part))
-    return total / (samples.shape[0] * (samples.shape[1] - 1))
+    return total / (len(samples) * samples.length)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_checkpoint import ConversionError
+from hf_errors import ConversionError
 
 
 class Weight(NamedTuple):
@@ -40,6 +40,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ConversionError: `path` is a file, or a folder that holds something.
     """
     check_free(path)
+    path = path.resolve()  # what a symbolic link means is to be replaced, and not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -61,7 +62,12 @@ def _open_to_others(folder: Path) -> None:
 
 
 def check_free(path: Path) -> None:
-    """Refuses an output that would replace something."""
+    """Refuses an output that would replace something, or that cannot be replaced."""
+    if path.resolve() == Path.cwd() or path.is_mount():
+        raise ConversionError(
+            f"--output {path} is the working directory or a mounted one, which cannot be put in "
+            "place as a whole; name a folder in it"
+        )
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists():

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tokenizer import HUGGINGFACE, SENTENCEPIECE
-from hf_checkpoint import ConversionError
+from hf_errors import ConversionError
 
-_TOKENIZER_FLAG = "--tokenizer-model"
+_TOKENIZER_FLAG, _SPECIAL_FLAG = "--tokenizer-model", "--tokenizer-special-tokens"
 
 #: What is tried on both tokenizers, beside each piece of the vocabulary.
 _SAMPLES = (
@@ -87,7 +87,13 @@ def find_tokenizer(args: argparse.Namespace, override: Path | None) -> Tokenizer
             f"the tokenizer of the training run, {path}, is not on this machine; say where it is "
             f"with {_TOKENIZER_FLAG}"
         )
+    added = getattr(args, "special_tokens", None) or []
     if kind == SENTENCEPIECE:
+        if added:
+            raise ConversionError(
+                f"the model was trained with {_SPECIAL_FLAG} {' '.join(added)}, which are not in "
+                f"{path}: a SentencePieceTokenizer with more tokens than its file is not converted"
+            )
         return _from_sentencepiece(path)
     from transformers import AutoTokenizer
 
@@ -96,6 +102,19 @@ def find_tokenizer(args: argparse.Namespace, override: Path | None) -> Tokenizer
     except Exception as error:  # transformers raises anything, from KeyError to ImportError
         reason = str(error).strip().partition("\n")[0]
         raise ConversionError(f"{_TOKENIZER_FLAG} {path} holds no tokenizer: {reason}") from None
+    missing = [token for token in added if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ConversionError(
+            f"the model was trained with {_SPECIAL_FLAG} {' '.join(added)}, and {path} does not "
+            f"know {' '.join(missing)}; add them to a copy of it with add_special_tokens and "
+            f"save_pretrained, and name that with {_TOKENIZER_FLAG}"
+        )
+    if getattr(args, "tokenizer_hf_no_include_special_tokens", False) and tokenizer("").input_ids:
+        raise ConversionError(
+            f"the model was trained with --tokenizer-hf-no-include-special-tokens, but {path} puts "
+            f"{' '.join(tokenizer.convert_ids_to_tokens(tokenizer('').input_ids))} around texts; "
+            f"save a copy of it that does not, and name that with {_TOKENIZER_FLAG}"
+        )
     return Tokenizer(len(tokenizer), tokenizer)
 
 

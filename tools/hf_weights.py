@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_checkpoint import ConversionError, MegatronCheckpoint
+from hf_checkpoint import MegatronCheckpoint
+from hf_errors import ConversionError
 from hf_output import Weight
 
 EMBEDDING, FINAL_NORM, OUTPUT = (
@@ -119,33 +120,41 @@ def to_hugging_face(
     return weights
 
 
-def to_megatron(read: Callable[[str], Tensor], config: Any) -> dict[str, Tensor]:
-    """Megatron's weights, stacked over the layers, of a `LlamaForCausalLM`.
+def to_megatron(
+    read: Callable[[str, tuple[int, ...]], Tensor], config: Any
+) -> dict[str, Tensor | list[Tensor]]:
+    """Megatron's weights, those of layers as lists, of a `LlamaForCausalLM`.
 
     Args:
-        read: gives the weight of a name.
+        read: gives the weight of a name, which is to have this shape.
         config: its `LlamaConfig`.
     """
+    shapes = {name: shape for _, name, _, shape in _layer(config)}
+    vocabulary = (config.vocab_size, config.hidden_size)
     groups, channels = config.num_key_value_heads, config.head_dim
 
     def qkv(layer: int) -> Tensor:
-        query, key, value = (read(f"model.layers.{layer}.{name}") for name in _QKV_PARTS)
+        query, key, value = (same(name, layer) for name in _QKV_PARTS)
         return join_qkv(query, key, value, groups, channels)
 
     def fc1(layer: int) -> Tensor:
-        return torch.cat([read(f"model.layers.{layer}.{name}") for name in _FC1_PARTS])
+        return torch.cat([same(name, layer) for name in _FC1_PARTS])
 
     def same(name: str, layer: int) -> Tensor:
-        return read(f"model.layers.{layer}.{name}")
+        return read(f"model.layers.{layer}.{name}", shapes[name])
 
     builders: dict[str, Callable[[int], Tensor]] = {_QKV: qkv, _FC1: fc1}
     builders |= {suffix: partial(same, name) for suffix, name in _SAME.items()}
-    tensors = {EMBEDDING: read(_HF_EMBEDDING), FINAL_NORM: read(_HF_NORM)}
+    tensors: dict[str, Tensor | list[Tensor]] = {
+        EMBEDDING: read(_HF_EMBEDDING, vocabulary),
+        FINAL_NORM: read(_HF_NORM, (config.hidden_size,)),
+    }
     for suffix, build in builders.items():
-        layers = [build(layer) for layer in range(config.num_hidden_layers)]
-        tensors[f"decoder.layers.{suffix}"] = torch.stack(layers)
+        tensors[f"decoder.layers.{suffix}"] = [
+            build(layer) for layer in range(config.num_hidden_layers)
+        ]
     if not config.tie_word_embeddings:
-        tensors[OUTPUT] = read(_HF_OUTPUT)
+        tensors[OUTPUT] = read(_HF_OUTPUT, vocabulary)
     return tensors
 
 

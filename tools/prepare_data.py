@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cli import run
 from data_arguments import Arguments, parse_arguments
 from data_output import Manifest, OutputFiles
 from data_sources import Corpus, DataError, find_inputs, stdlib_files
@@ -38,23 +39,13 @@ TRAINING_CHARACTERS = 50_000_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; faults that the user can mend are one line on stderr and exit code 2."""
     args = parse_arguments(argv, __doc__)
-    try:
-        prepare(args)
-    except DataError as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = error.filename or f"--output-prefix {args.output_prefix}"
-        print(
-            f"prepare_data.py: error: {where}: {error.strerror or error}; "
-            "check the path, its permissions and the free space",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data.py: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return run(
+        "prepare_data.py",
+        lambda: prepare(args),
+        faults=DataError,
+        output=f"--output-prefix {args.output_prefix}",
+        interrupted="run the same command again",
+    )
 
 
 def prepare(args: Arguments) -> None:

@@ -3,7 +3,10 @@
 
 import argparse
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,10 @@ import convert_from_hf
 import convert_to_hf
 import prepare_data
 from cluster import Cluster, Result
-from hf_checkpoint import MegatronCheckpoint, StandIn, write_checkpoint
+from hf_checkpoint import MegatronCheckpoint
+from hf_checkpoint_writer import write_checkpoint
+from hf_loss import Windows, mean_loss
+from hf_unpickling import StandIn
 from layouts import PP2, VPP, Layout
 
 RANK = 16
@@ -74,6 +80,10 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(ids, use_cache=False).logits
     return logits
+
+
+def largest(numbers: Tensor) -> str:
+    return f"{float(numbers.abs().max()):.1e}"
 
 
 def load(folder: Path, **settings: Any) -> Any:
@@ -136,7 +146,7 @@ def paper(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Trained
 #: Flags of jobs of one process → what of an export they try.
 VARIANTS = {
     "subspace": "--mapl-rank 16 --mapl-projector subspace --mapl-anchor static",
-    "full-fp8-uneven": "--mapl-rank 16 0 8 --mapl-anchor full --mapl-forward-codec fp8",
+    "full-fp8-uneven": "--mapl-rank 0 8 0 --mapl-anchor full --mapl-forward-codec fp8",
     "rvq": "--mapl-rank 16 --mapl-anchor factorized --mapl-forward-codec rvq --mapl-rvq-codes 16 "
     "--mapl-rvq-sync full",
     "no-projector": "--mapl-rank 64 --mapl-projector none --mapl-anchor none "
@@ -159,14 +169,53 @@ def plain(defaults: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_exact_logits_are_those_of_training(defaults: Trained, exact: Path) -> None:
     """In fp32 to the last digits, though int8 rounds: no code flipped here."""
-    torch.testing.assert_close(
-        logits_of(load(exact), defaults.ids), defaults.logits, rtol=0, atol=3e-6
+    found = logits_of(load(exact), defaults.ids)
+    print(f"fp32: {largest(found - defaults.logits)} of logits up to {largest(found)}")
+    torch.testing.assert_close(found, defaults.logits, rtol=0, atol=3e-6)
+
+
+def test_data_parallelism_and_the_distributed_optimizer(cluster: Cluster, tmp_path: Path) -> None:
+    """PP2 × DP2: each replica's own samples, from one export."""
+    layout = Layout(4, f"{PP2} --use-distributed-optimizer --mapl-rank {RANK}")
+    trained = train(cluster, tmp_path / "megatron", layout)
+    model = load(export(trained, tmp_path / "exact"))
+    replicas = [
+        [record[what] for record in trained.result.records if record[what]]
+        for what in ("ids", "logits")
+    ]
+    assert len(replicas[0]) == 2
+    for ids, logits in zip(*replicas, strict=True):
+        found = logits_of(model, torch.cat(ids))
+        difference = (found - torch.cat(logits, 1).transpose(0, 1)[..., :255]).abs().amax(-1)
+        print(f"PP2 × DP2: {largest(difference)}")
+        assert (difference < 1e-5).float().mean() > 0.95
+        assert difference.max() < 0.05
+
+
+def test_it_loads_without_this_project(exact: Path, defaults: Trained, tmp_path: Path) -> None:
+    """In a process that has torch and transformers alone."""
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "ids = torch.load(sys.argv[2])\n"
+        "torch.save(model(ids, use_cache=False).logits.detach(), sys.argv[3])\n"
+        "ours = {'mapl', 'mapl_llama', 'megatron', 'hf_weights', 'convert_to_hf'}\n"
+        "assert ours.isdisjoint(name.partition('.')[0] for name in sys.modules)\n"
     )
+    ids, logits = tmp_path / "ids", tmp_path / "logits"
+    torch.save(defaults.ids[:2], ids)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", code, str(exact), str(ids), str(logits)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    torch.testing.assert_close(torch.load(logits), defaults.logits[:2], rtol=0, atol=3e-6)
 
 
 def test_loss_is_megatrons_validation_loss(defaults: Trained, exact: Path) -> None:
     """And so is the perplexity, exp of it. The vocabulary of 512 has no padding."""
     record = json.loads((exact / "mapl_conversion.json").read_text())
+    print(f"loss: {record['loss']['trained']}, Megatron's {defaults.result.validation[0]}")
     assert record["loss"]["trained"] == pytest.approx(defaults.result.validation[0], rel=1e-6)
     assert record["data"]["samples"] == 16
     model = load(exact)
@@ -190,6 +239,16 @@ def test_bf16_logits_are_equal_to_rounding(
     expected = paper.logits[..., :200].float()
     found, wide = logits_of(model, paper.ids).float(), logits_of(model.float(), paper.ids)
     rounding = (found - wide).norm()
+    parts = [float(part / wide.norm()) for part in ((found - expected).norm(), rounding)]
+    print(f"bf16: {parts[0]:.2%}, and {parts[1]:.2%} by rounding alone")
+    # Megatron's loss takes the rows that pad the vocabulary for tokens too.
+    ids = paper.ids[:, 1:].flatten()
+    padded, unpadded = (
+        float(torch.nn.functional.cross_entropy(part[:, :-1].flatten(0, 1), ids))
+        for part in (paper.logits.float(), expected)
+    )
+    print(f"loss: {padded:.4f} with {paper.logits.shape[-1]} rows, {unpadded:.4f} with 200")
+    assert unpadded < padded
     assert (found - expected).norm() < 2 * rounding
     assert (wide - expected).norm() < 1.5 * rounding < 0.02 * wide.norm()
 
@@ -200,6 +259,10 @@ def test_other_boundaries(cluster: Cluster, tmp_path: Path, name: str) -> None:
     trained = train(cluster, tmp_path / "megatron", Layout(1, more))
     model = load(export(trained, tmp_path / "exact"))
     difference = (logits_of(model, trained.ids) - trained.logits[..., :255]).abs().amax(-1)
+    print(f"{name}: {largest(difference)}")
+    if name == "full-fp8-uneven":  # whose first and last stage are at no compressed boundary
+        assert len(model.model.anchors) == model.config.mapl_stages == 2
+        assert [boundary["layer"] for boundary in model.config.mapl_boundaries] == [2]
     # Where a number lies on the edge between two codes, the last bit of a GEMM decides; then this
     # token's logits, and a little the later ones', are another rounding's.
     assert (difference < 1e-5).float().mean() > 0.95
@@ -234,16 +297,24 @@ def test_generation_with_a_cache(exact: Path) -> None:
     assert torch.equal(*beams)
 
 
-def test_left_padding_changes_nothing(exact: Path) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_left_padding_changes_nothing(exact: Path, beams: int) -> None:
+    """Two prompts of different lengths in one batch, and each by itself."""
     model = load(exact)
-    prompt = torch.randint(5, 500, (1, 7), generator=torch.Generator().manual_seed(2))
-    padded = torch.nn.functional.pad(prompt, (4, 0), value=3)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(5, 500, (1, length), generator=generator) for length in (7, 4)]
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    settings |= {"pad_token_id": 3}
-    alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    mask = torch.nn.functional.pad(torch.ones_like(prompt), (4, 0))
-    beside = model.generate(padded, attention_mask=mask, **settings)
-    assert torch.equal(alone, beside[:, 4:])
+    settings |= {"pad_token_id": 3, "num_beams": beams}
+
+    def padded(prompt: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(prompt, (11 - prompt.shape[1], 0), value=value)
+
+    batch = torch.cat([padded(prompt, 3) for prompt in prompts])
+    mask = torch.cat([padded(torch.ones_like(prompt), 0) for prompt in prompts])
+    beside = model.generate(batch, attention_mask=mask, **settings)
+    for prompt, found in zip(prompts, beside, strict=True):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert torch.equal(alone[0], found[11 - prompt.shape[1] :])
 
 
 def test_what_would_lose_a_predecessor_is_refused(exact: Path) -> None:
@@ -270,9 +341,10 @@ def test_plain_export(plain: Path, defaults: Trained, exact: Path) -> None:
     assert losses == json.loads((exact / "mapl_conversion.json").read_text())["loss"]
     assert losses["plain"] > losses["trained"]
     assert defaults.data is not None
-    samples = convert_to_hf.windows(defaults.data, SEQUENCE, None, 512)
-    assert convert_to_hf.mean_loss(model, samples, "") == pytest.approx(losses["plain"], rel=1e-6)
-    assert model.generate(samples[:1, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)
+    samples = Windows(defaults.data, SEQUENCE, None, 512)
+    assert mean_loss(model, samples, "") == pytest.approx(losses["plain"], rel=1e-6)
+    prompt = defaults.ids[:1, :5]
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 9)
 
 
 def test_tokenizer(exact: Path, corpus: Path) -> None:
@@ -311,6 +383,8 @@ def test_round_trips(request: pytest.FixtureRequest, tmp_path: Path, which: str)
     assert expected.keys() == found.keys()
     assert model_objects(before) == model_objects(after)
     for key, tensor in expected.items():
+        if key.startswith("decoder.layers."):  # each is read by itself
+            assert len(after.tensors[key].chunks) == len(tensor)
         whole = key.startswith("decoder.")
         assert torch.equal(tensor if whole else tensor[:size], found[key]), key
     again = export(Trained(back, trained.result), tmp_path / "again")
@@ -356,18 +430,40 @@ RUN = (
 )
 
 
-@pytest.mark.parametrize("layout", [f"{PP2} --tensor-model-parallel-size 2", f"{PP2} {VPP}"])
-def test_megatron_loads_it_in_any_layout(
-    cluster: Cluster, imported: tuple[Path, list[str]], plain: Path, corpus: Path, layout: str
-) -> None:
-    """With the loss that the model has in transformers."""
+def validation(cluster: Cluster, words: list[str], corpus: Path, layout: str) -> float:
+    """Megatron's validation loss of a model that was imported."""
     short = corpus.with_name("short")
     data = f"--train-data-path {corpus}_train --valid-data-path {short} --test-data-path {short}"
     cache = f"--data-cache-path {corpus}-cache --skip-train"
-    words = [*imported[1], *f"{RUN} {data} {cache} {layout}".split()]
-    result = cluster.run(4 if "tensor" in layout else 2, words)
+    processes = 4 if "tensor" in layout else 2
+    result = cluster.run(processes, [*words, *f"{RUN} {data} {cache} {layout}".split()])
+    return result.validation[0]
+
+
+def test_megatron_loads_it(
+    cluster: Cluster, imported: tuple[Path, list[str]], plain: Path, corpus: Path
+) -> None:
+    """With the loss that the model has in transformers."""
+    found = validation(cluster, imported[1], corpus, f"{PP2} --tensor-model-parallel-size 2")
     expected = json.loads((plain / "mapl_conversion.json").read_text())["loss"]["plain"]
-    assert result.validation[0] == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_that_no_token_has_are_kept(
+    cluster: Cluster, plain: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """516 rows and a tokenizer of 512: Megatron by itself would drop four, and change the loss."""
+    model = LlamaForCausalLM.from_pretrained(plain)
+    model.resize_token_embeddings(516, mean_resizing=False)
+    model.save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "wide")
+    output = tmp_path / "imported"
+    command = f"--hf-model {tmp_path}/wide --output {output} --seq-length {SEQUENCE}".split()
+    words = convert_from_hf.convert(convert_from_hf._parse(command))
+    assert words[words.index("--padded-vocab-size") + 1] == "516"
+    expected = mean_loss(model, Windows(corpus.with_name("short"), SEQUENCE, None, 512), "")
+    found = validation(cluster, words, corpus, f"{PP2} {VPP}")
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_training_goes_on_through_fresh_boundaries(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exported modelling code computes what mapl's own boundaries do, bit for bit on a CPU."""
+"""The exported modelling code computes what mapl's own boundaries do on a CPU.
+
+Codecs bit for bit; whole boundaries to the last digits, for their GEMMs take tokens in other rows.
+"""
 
 from typing import Any
 

@@ -11,9 +11,9 @@ class MaplLlamaConfig(LlamaConfig):
 
     Attributes:
         mapl_boundaries: one entry for each compressed boundary, in order: `layer` (it stands
-            before this one, counted from 0), `rank` r (numbers a token), `codec`, and the stages
-            `sender` and `receiver` whose anchors are taken off and added back.
-        mapl_stages: how many anchors there are.
+            before this one, counted from 0), `rank` r (numbers a token), `codec`, and the numbers
+            `sender` and `receiver` of the anchors that are taken off and added back.
+        mapl_stages: how many anchors there are: one for each stage at a compressed boundary.
         mapl_anchor: none, static, full, factorized or bigram.
         mapl_anchor_rank: k, columns of the anchors' tables.
         mapl_anchor_buckets: m, rows of the second table of bigram anchors.

@@ -14,6 +14,9 @@ from transformers import Cache, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from .boundary_mapl_llama import MaplAnchor, MaplBoundary
+
+# Not needed here, but transformers 4 fetches only those files that this one imports.
+from .codecs_mapl_llama import build_codec  # noqa: F401
 from .configuration_mapl_llama import MaplLlamaConfig
 
 
