@@ -12,14 +12,20 @@ would use (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME):
   without a common clock
 - bandwidth: of payload, each way alone and both ways at once, median of three rounds
 
+Since one pair is measured at a time, each has the hosts' interfaces to itself. In a pipeline a
+middle stage sends forward and backward at once, to two neighbours: over one interface these share
+its bandwidth.
+
 Rank 0 prints a table and writes the file that tools/plan.py reads (--links).
 """
 
 import argparse
+import math
 import os
 import socket
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import combinations
@@ -96,16 +102,33 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("it needs a process on each host; start it with torchrun")
     if os.environ["WORLD_SIZE"] == "1":
         raise ValueError("one process has no link; start 2 or more with torchrun's --nnodes")
-    if not options.seconds > 0:
-        raise ValueError(f"--seconds {options.seconds:g} must be positive")
+    if not 0 < options.seconds < math.inf:
+        raise ValueError(f"--seconds {options.seconds:g} must be positive and finite")
     if options.distributed_backend == "nccl" and not torch.cuda.is_available():
         raise ValueError("--distributed-backend nccl needs a GPU; use gloo")
+    if os.environ["RANK"] == "0":
+        _check_writable(options.output)
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output {path}: {error.strerror}; name a file that rank 0 can write"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank: exit code 2 for a call at fault."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("links.json"), help="default: %(default)s")

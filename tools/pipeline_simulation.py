@@ -2,8 +2,8 @@
 """One training step of a Megatron pipeline over given links, simulated.
 
 Follows megatron-core 0.19's two 1F1B schedules (`core/pipeline_parallel/schedules.py`): what each
-process computes, what it posts and what it waits for, in that order (`pipeline_schedules.py`). With
-links that cost nothing and equal stages the step takes
+process computes, what it posts and what it waits for, in that order (`pipeline_1f1b.py`,
+`pipeline_interleaved.py`). With links that cost nothing and equal stages the step takes
 
     (P − 1 + m) · (t_f + t_b)            without virtual stages
     ((P − 1) / V + m) · (t_f + t_b)      with V chunks of the model in each process
@@ -13,17 +13,13 @@ for m micro-batches and P processes, and the bubble is (P − 1) / m, or (P − 
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from event_simulation import Simulation, Way
-from pipeline_schedules import (
-    BACKWARD,
-    FORWARD,
-    STEP_BACK,
-    STEP_ONWARD,
-    Stage,
-    interleaved,
-    one_forward_one_backward,
-)
+from event_messages import Way
+from event_simulation import Simulation
+from pipeline_1f1b import one_forward_one_backward
+from pipeline_interleaved import interleaved
+from pipeline_stage import BACKWARD, FORWARD, STEP_BACK, STEP_ONWARD, Stage
 from pipeline_step import Step
 
 #: The directions of a link: to the next process, and to the one before.
@@ -56,11 +52,11 @@ def simulate(step: Step) -> Course:
     for number, link in enumerate(step.links):
         for name, side in ((ONWARD, link.onward), (BACK, link.back)):
             ways[number, name] = Way(8 / side.bits_a_second, side.latency)
-    if step.processes == 2 and len(step.links) == 2:  # from the last to the first: the same link
-        ways[1, ONWARD], ways[1, BACK] = ways[0, BACK], ways[0, ONWARD]
+    between = [(ways[number, ONWARD], ways[number, BACK]) for number in range(len(step.links))]
+    if step.processes == 2:  # from the last to the first it is the same link, the other way round
+        between.append(between[0][::-1])
     channels: dict[Hashable, tuple[Way, Way]] = {}
-    for number in range(len(step.links)):
-        onward, back = ways[number, ONWARD], ways[number, BACK]
+    for number, (onward, back) in enumerate(between):
         for kind in (FORWARD, STEP_ONWARD):
             channels[kind, number] = onward, back
         for kind in (BACKWARD, STEP_BACK):
@@ -74,3 +70,7 @@ def simulate(step: Step) -> Course:
     floor = step.compute_floor
     bubble = max(ends) / floor - 1 if floor else float("inf")
     return Course(max(ends), bubble, {key: way.busy for key, way in ways.items()})
+
+
+#: The same for steps that come again.
+simulated = lru_cache(maxsize=None)(simulate)

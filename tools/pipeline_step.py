@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one training step of a pipeline consists of: computation, payloads, links."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Link:
     onward: Direction
     back: Direction
 
+    def scaled(self, bandwidth: float, latency: float) -> "Link":
+        """The same with multiples of its bandwidths and its latencies."""
+
+        def side(one: Direction) -> Direction:
+            return Direction(one.bits_a_second * bandwidth, one.latency * latency)
+
+        return Link(side(self.onward), side(self.back))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -46,7 +54,7 @@ class Step:
         chunks: of the model, in order; chunk c is on process c modulo `processes`.
         boundaries: between consecutive chunks.
         links: between consecutive processes; with virtual stages a last one, from the last process
-            to the first.
+            to the first, but of two processes, which have one.
         micro_batches: m.
         receive_ahead: payloads of each direction received and sent ahead, without virtual stages;
             0 waits for each where it stands.
@@ -78,3 +86,12 @@ class Step:
         """Seconds that the step's computation takes at the least."""
         each = [self.computing(process) for process in range(self.processes)]
         return max(*each, sum(each) / (self.devices or self.processes))
+
+    def with_links(self, *, bandwidth: float = 1.0, latency: float = 1.0) -> "Step":
+        """The same over links with multiples of their bandwidths and their latencies."""
+        return replace(self, links=tuple(link.scaled(bandwidth, latency) for link in self.links))
+
+    def twice_as_fast(self) -> "Step":
+        """The same with devices of twice the speed."""
+        chunks = tuple(Chunk(chunk.forward / 2, chunk.backward / 2) for chunk in self.chunks)
+        return replace(self, chunks=chunks)

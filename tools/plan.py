@@ -17,6 +17,7 @@ plan.png to --output-dir.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -28,9 +29,10 @@ import plan_links
 from mapl.files import write_atomically
 from plan_figures import draw
 from plan_job import Job
-from plan_prediction import Machine, Prediction, link_count, predict
+from plan_json import to_json
+from plan_prediction import Machine, Prediction, predict
 from plan_recommendation import recommend
-from plan_report import Plan, page, to_json
+from plan_report import Plan, page
 from plan_settings import Setting
 
 #: What the repository has measured so far: docs/search.md.
@@ -45,19 +47,20 @@ def make(options: argparse.Namespace) -> Plan:
     """
     given = {field.name: getattr(options, field.name) for field in fields(Job)}
     job = Job(**given)
-    if options.devices is not None and not options.devices > 0:
-        raise ValueError(f"--devices {options.devices:g} must be positive")
+    if options.devices is not None and not 0 < options.devices < math.inf:
+        raise ValueError(f"--devices {options.devices:g} must be positive and finite")
+    if not math.isfinite(options.max_gap):
+        raise ValueError(f"--max-gap {options.max_gap:g} must be finite: percent, such as 1")
     gaps = plan_gaps.read(options.gaps)
-    count = link_count(job)
     if options.links is not None:
         if options.latency is not None:
             raise ValueError(
                 f"--latency {' '.join(map(str, options.latency))} has no effect with --links, "
                 "which has its own; leave one of them out"
             )
-        links = plan_links.measured(options.links, job.pipeline_model_parallel_size, count)
+        links = plan_links.measured(options.links, job.pipeline_model_parallel_size, job.links)
     else:
-        links = plan_links.given(options.bandwidth, options.latency or [0.0], count)
+        links = plan_links.given(options.bandwidth, options.latency or [0.0], job.links)
     flops, speed = _speed(options, job)
     machine = Machine(flops, tuple(links), options.devices)
     predictions, refused = _predictions(job, machine, gaps)
@@ -94,10 +97,10 @@ def _speed(options: argparse.Namespace, job: Job) -> tuple[float, str]:
         )
     if options.device_tflops is not None:
         mfu = 1.0 if options.mfu is None else options.mfu
-        if not (options.device_tflops > 0 and 0 < mfu <= 1):
+        if not (0 < options.device_tflops < math.inf and 0 < mfu <= 1):
             raise ValueError(
-                f"--device-tflops {options.device_tflops:g} must be positive, and --mfu {mfu:g} "
-                "above 0 and at most 1"
+                f"--device-tflops {options.device_tflops:g} must be positive and finite, and --mfu "
+                f"{mfu:g} above 0 and at most 1"
             )
         return options.device_tflops * mfu * 1e12, "as given"
     if options.throughput_log is not None:
@@ -110,13 +113,17 @@ def _speed(options: argparse.Namespace, job: Job) -> tuple[float, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_job(parser.add_argument_group("the job, as Megatron's flags"))
     links = parser.add_argument_group("links between stages")
     one = links.add_mutually_exclusive_group(required=True)
     one.add_argument("--bandwidth", type=float, nargs="+", metavar="MBIT",
-                     help="Mbit/s of payload each way: one number, or one a link")  # fmt: skip
+                     help="Mbit/s of payload each way: one number, or one for each link "
+                          "between consecutive stages; with virtual stages of 3 processes or "
+                          "more also for that from the last to the first")  # fmt: skip
     one.add_argument("--links", type=Path, metavar="JSON", help="of tools/measure_links.py")
     links.add_argument("--latency", type=float, nargs="+", metavar="MS",
                        help="one way, for all links or for each (default: 0)")  # fmt: skip
@@ -128,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="of a run without a pipeline, with --log-throughput")  # fmt: skip
     one.add_argument("--step-log", type=Path, metavar="LOG",
                      help="of this job, uncompressed, over a fast network")  # fmt: skip
-    one.add_argument("--measure", action="store_true", help="one layer, on this machine, in torch")
+    one.add_argument("--measure", action="store_true",
+                     help="one layer, on this machine, in torch, in --dtype; tensor-parallel "
+                          "ranks are taken to share it without loss")  # fmt: skip
     devices.add_argument("--mfu", type=float, metavar="F", help="part of --device-tflops in use")
     devices.add_argument("--devices", type=float, metavar="N",
                          help="that all stages share (default: one each; of --tensor-model-"
@@ -176,9 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = page(plan)
         print(text)
         output: Path = options.output_dir
-        draw(plan, output / "plan.png")
         write_atomically(output / "plan.txt", text + "\n")
         write_atomically(output / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
+        draw(plan, output / "plan.png")
     except (ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
         return 2

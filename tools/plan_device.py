@@ -15,6 +15,8 @@ from plan_prediction import unlimited_seconds
 from plan_settings import Setting
 from training_log import TrainingLog
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 _THROUGHPUT = re.compile(r"throughput per GPU \(TFLOP/s/GPU\): ([\d.]+)")
 
 #: Of a measurement: seconds, and steps beforehand that are not counted.
@@ -63,11 +65,16 @@ def _text(log: Path, flag: str) -> str:
 
 
 def measure(job: Job) -> float:
-    """FLOP/s of this machine's GPU, or of its CPU, at one layer of the job, in plain torch."""
+    """FLOP/s of this machine's GPU, or of its CPU, at one layer of the job, in plain torch.
+
+    The whole layer, in the job's dtype. `predict` takes tensor-parallel ranks to share it evenly,
+    and their all-reduces to cost nothing.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layer = _Layer(job).to(device, torch.bfloat16)
+    dtype = _DTYPES[job.dtype]
+    layer = _Layer(job).to(device, dtype)
     shape = (job.micro_batch_size, job.seq_length, job.hidden_size)
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     seconds: list[float] = []
     start = time.perf_counter()
     while len(seconds) < _WARM_UP + 2 or time.perf_counter() - start < _SECONDS:

@@ -101,6 +101,17 @@ class Job:
         return self.chunks - 1
 
     @property
+    def links(self) -> int:
+        """Links between processes that it uses.
+
+        With virtual stages also that from the last process to the first, which is another one
+        unless there are two.
+        """
+        processes = self.pipeline_model_parallel_size
+        around = self.num_virtual_stages_per_pipeline_rank > 1 and processes > 2
+        return processes if around else processes - 1
+
+    @property
     def micro_batches(self) -> int:
         """Of a step."""
         return self.global_batch_size // self.micro_batch_size

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The links between consecutive stages: as given, or as measured."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,10 @@ def given(bandwidths: Sequence[float], latencies: Sequence[float], count: int) -
     Raises:
         ValueError: another number of them, or one out of range.
     """
-    if not min(bandwidths) > 0:
-        raise ValueError(f"--bandwidth {_said(bandwidths)}: Mbit/s must be positive")
-    if not 0 <= min(latencies) <= max(latencies) < float("inf"):
-        raise ValueError(f"--latency {_said(latencies)}: milliseconds must be 0 or more")
+    if not all(0 < mbit < math.inf for mbit in bandwidths):
+        raise ValueError(f"--bandwidth {_said(bandwidths)}: Mbit/s must be positive and finite")
+    if not all(0 <= ms < math.inf for ms in latencies):
+        raise ValueError(f"--latency {_said(latencies)}: milliseconds must be 0 or more and finite")
     each = [
         Direction(mbit * 1e6, ms / 1e3)
         for mbit, ms in zip(
@@ -39,7 +40,7 @@ def measured(path: Path, processes: int, count: int) -> list[Link]:
 
     Args:
         processes: of the pipeline.
-        count: how many links there are; with virtual stages one more, from the last to the first.
+        count: how many links there are, see `Job.links`.
 
     Raises:
         ValueError: the file has not measured one of them.
@@ -63,6 +64,11 @@ def _for_each(values: Sequence[float], flag: str, count: int) -> Sequence[float]
     if len(values) == 1:
         return list(values) * count
     if len(values) != count:
+        if count == 1:
+            raise ValueError(
+                f"{flag} {_said(values)} gives {len(values)} numbers for the one link of two "
+                "processes; give one"
+            )
         raise ValueError(
             f"{flag} {_said(values)} gives {len(values)} numbers for {count} links; give one for "
             f"all of them or {count} (with virtual stages the last is that from the last process "

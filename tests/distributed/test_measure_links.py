@@ -72,14 +72,23 @@ def test_links_that_are_slow(tmp_path: Path) -> None:
         ([], {}, "start it with torchrun"),
         ([], {"RANK": "0", "WORLD_SIZE": "1"}, "one process has no link"),
         (["--seconds", "0"], {"RANK": "0", "WORLD_SIZE": "2"}, "--seconds 0 must be positive"),
+        (["--seconds", "inf"], {"RANK": "0", "WORLD_SIZE": "2"}, "--seconds inf must be positive"),
+        (
+            ["--output", "taken/links.json"],
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "--output taken/links.json: File exists; name a file that rank 0 can write",
+        ),
+        (["--output", "."], {"RANK": "0", "WORLD_SIZE": "2"}, "--output . is a folder"),
     ],
 )
 def test_calls_at_fault(
     flags: list[str], variables: dict[str, str], message: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     import measure_links
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()  # a file where a folder should be
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -88,3 +97,11 @@ def test_calls_at_fault(
     error = capsys.readouterr().err
     assert error.startswith("measure_links.py: error: ") and message in error
     assert error.count("\n") == 1
+
+
+def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    import measure_links
+
+    with pytest.raises(SystemExit):
+        measure_links.main(["--sec", "1"])
+    assert "unrecognized arguments: --sec 1" in capsys.readouterr().err
