@@ -39,7 +39,7 @@ echo "No usable Python found among:" \
 exit 1
 endef
 
-.PHONY: help setup lint types test test-older demo clean
+.PHONY: help setup lint types test test-older docs demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -97,9 +97,13 @@ test-older: setup  ## Scripts of other people, on the oldest Megatron that is ta
 	@PYTHONPATH=$(abspath $(OLDER)) OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -n0 tests/distributed/test_scripts.py $(ARGS)
 
+docs: setup  ## Build the documentation into site/; a broken link or anchor is an error
+	@$(PY) -m mkdocs build --strict --quiet
+	@echo "== site/index.html"
+
 demo: setup  ## Train a small model on this machine, with and without compression
 	@$(PY) tools/demo.py
 
 clean:  ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
