@@ -17,6 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron.mapl import arguments as mapl_arguments
 from megatron.mapl import pretraining
+from tests.cpu_mode.flag_parsing import Parse
 from tests.unit.documented_commands import ROOT, arguments, commands, flags, tool_of
 
 COMMANDS = sorted({command.text for command in commands()})
@@ -116,6 +117,22 @@ def test_megatron_reads_its_flags(text: str, megatron_parser: argparse.ArgumentP
     words = of_megatron(text)
     assert words
     megatron_parser.parse_args(words)
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/planning.md"])
+def test_a_whole_job_is_taken(page: str, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that name all of a model: Megatron and MAPL settle on them."""
+    (text,) = {
+        command.text
+        for command in commands()
+        if command.page == page and "pretrain_gpt.py --pipeline" in command.text
+    }
+    words = of_megatron(text)
+    assert words
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    more = "--tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset
+    args, runtime = parse([*words, *more.split()])
+    assert (args.pipeline_model_parallel_size, runtime.plan.ranks) == (4, (64, 64, 64))
 
 
 def test_every_flag_that_a_page_names_exists(

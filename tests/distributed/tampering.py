@@ -310,3 +310,18 @@ def note_logits(record: dict[str, Any]) -> None:
         return loss(self, labels, logits)
 
     GPTModel.forward, GPTModel.compute_language_model_loss = noting_forward, noting_loss
+
+
+def note_messages(record: dict[str, Any]) -> None:
+    """No fault: notes the bytes of each message that this process sends to another stage."""
+    from torch.distributed import distributed_c10d
+
+    send, record["messages"] = torch.distributed.isend, []
+
+    def noting_send(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        record["messages"].append(tensor.numpy().tobytes())
+        return send(tensor, *args, **kwargs)
+
+    # P2POp looks for the function under the second of these names.
+    torch.distributed.isend = noting_send
+    distributed_c10d.isend = noting_send
