@@ -122,6 +122,15 @@ TABLE = {
     "python tools/report.py runs/plain runs/mine …": (
         "tests/unit/test_report.py::test_command_line_prints_and_draws"
     ),
+    "python pretrain_gpt.py … --tensorboard-dir out/plain": (
+        "tests/distributed/test_report_browser.py::page_file"
+    ),
+    "python pretrain_gpt.py … --tensorboard-dir out/mapl": (
+        "tests/distributed/test_report_browser.py::page_file"
+    ),
+    "python tools/report.py out/plain out/mapl …": (
+        "tests/distributed/test_report_browser.py::page_file"
+    ),
     # Conversion
     "python tools/convert_to_hf.py --load runs/mine --output mine-hf": f"{_HF}::exact",
     "python tools/convert_to_hf.py --load checkpoints/mine …": f"{_HF}::exact",
