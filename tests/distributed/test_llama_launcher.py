@@ -27,7 +27,7 @@ def train(
 
 def ends(process: subprocess.Popen[str], code: int = 0) -> str:
     """What it said on stderr until its end."""
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == code, said
     return said
 
@@ -109,7 +109,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
 
 def test_help_lists_the_recipes(tmp_path: Path) -> None:
     process = train(tmp_path, "--help")
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert said.splitlines()[-1] == f"Recipes: {' '.join(RECIPES)}"
     assert "to this script: the job saves" in said and "set -euo" not in said
@@ -174,5 +174,5 @@ def test_interrupts_reach_torchrun(tmp_path: Path) -> None:
     wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
     [worker] = [int(path.read_text()) for path in tmp_path.glob("*.ready")]
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert process.wait(timeout=300) == 128 + signal.SIGINT
     os.kill(worker, signal.SIGKILL)  # which the real torchrun would have ended

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels launched again: only where Triton takes the same compiled kernel, and as it does."""
 
+import ast
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,33 +159,15 @@ def test_no_more_than_so_many_are_kept(driver, monkeypatch):
     assert len(kernel.first) == 20 and len(launching._compiled) <= 4
 
 
-def test_triton_gives_the_compiled_kernel_back_and_takes_all_arguments(driver, monkeypatch):
-    """What `launch` relies on, with Triton's own code around a driver that launches nothing."""
-    launched = []
-
-    class Launcher:
-        def __init__(self, source, metadata):
-            pass
-
-        def __call__(self, *args):
-            launched.append((args[:4], args[9:]))
-
-    class Utils:
-        def load_binary(self, *args):
-            return 1, 2, 32, 0, 1024
-
-        def get_device_properties(self, device):
-            return {"max_shared_mem": 2**20}
-
-    driver.utils, driver.launcher_cls = Utils(), Launcher
-    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    kernel = triton.JITFunction(store)
-    for value in (7, 7, 9):
-        launch(kernel, (2,), MEMORY, value, value / 2, WIDTH=16)
-    assert launched == [((2, 1, 1, 100), (MEMORY, value, value / 2, 16)) for value in (7, 7, 9)]
-    assert len(launching._compiled) == 2
-
-
-def store(x, value, factor, WIDTH: triton.language.constexpr):
-    place = triton.language.arange(0, WIDTH)
-    triton.language.store(x + place, value * factor)
+def test_triton_gives_the_compiled_kernel_back_and_takes_all_arguments():
+    """In a process of its own: the interpreter replaces names of the language that is compiled."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("launched_by_triton.py")
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    told = ast.literal_eval(run.stdout)
+    assert told["launched"] == [
+        ((2, 1, 1, 100), ("memory", value, value / 2, 16)) for value in (7, 7, 9)
+    ]
+    assert told["compiled"] == 2
