@@ -94,6 +94,7 @@ def test_flags_are_taken_and_save_what_they_promise(
     replicas = 1 if recipe == "tiny" else 2
     args, runtime = parsed(parse, monkeypatch, words, model * replicas)
     assert args.data_parallel_size == replicas
+    assert args.padded_vocab_size == args.vocab_size  # with its own tensor parallelism
     assert args.exit_signal_handler and args.bf16
     config = runtime.config
     assert len(runtime.plan.ranks) == args.pipeline_model_parallel_size - 1

@@ -3,10 +3,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llama_example import LLAMA, RECIPES, environment, noted, stand_in, wait_until
@@ -76,6 +78,30 @@ def test_processes_may_share_a_gpu(tmp_path: Path) -> None:
     assert value(noted(tmp_path)["words"], "--nproc-per-node") == "4"
 
 
+def test_slurm_knows_the_gpus_of_a_node(tmp_path: Path) -> None:
+    allotted = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    ends(train(tmp_path, "150m", "--mock-data", **allotted))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == "8"
+    ends(train(tmp_path, "150m", "--mock-data", NPROC_PER_NODE="4", **allotted))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == "4"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("-1", "4"), ("0,1,2,3,-1,4", "4")])
+def test_cuda_sees_no_gpu_from_minus_one_on(tmp_path: Path, visible: str, expected: str) -> None:
+    ends(train(tmp_path, "150m", "--mock-data", CUDA_VISIBLE_DEVICES=visible))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == expected
+
+
+@pytest.mark.parametrize(
+    "flag", ["--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path"]
+)
+def test_megatrons_own_flags_for_data(tmp_path: Path, flag: str) -> None:
+    ends(train(tmp_path, "150m", flag, "there", "--tokenizer-type", "NullTokenizer"))
+    words = noted(tmp_path)["words"]
+    assert [word for word in words if "data-" in word] == [flag]
+    assert words.count("--tokenizer-type") == 1
+
+
 @pytest.mark.parametrize("names", [("NNODES", "NODE_RANK"), ("SLURM_NNODES", "SLURM_NODEID")])
 def test_one_node_of_many(tmp_path: Path, names: tuple[str, str]) -> None:
     more = {names[0]: "4", names[1]: "3", "MASTER_ADDR": "head", "MASTER_PORT": "4000"}
@@ -125,6 +151,14 @@ def test_help_lists_the_recipes(tmp_path: Path) -> None:
         (["150m", "--mock-data"], {"PLAIN": "yes"}, "PLAIN=yes is neither 1"),
         (["150m", "--mock-data"], {"NPROC_PER_NODE": "6"}, "cannot hold replicas of 4 stages"),
         (["7b", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0,1"}, "1 nodes × 2 processes"),
+        (["tiny", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0"},
+         "share a GPU: NPROC_PER_NODE=2 and --distributed-backend gloo"),
+        (["150m", "--mock-data"], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE='gpu' is no number"),
+        (["150m", "--mock-data"], {"NNODES": "2:4"}, "NNODES='2:4' is no number from 1; set NNODES"),
+        (["150m", "--mock-data", "--pipeline-model-parallel-size"], {},
+         "--pipeline-model-parallel-size='' is no number from 1; give it the number of stages"),
+        (["150m", "--tensor-model-parallel-size=x"], {}, "--tensor-model-parallel-size='x' is"),
+        (["150m"], {"DATA": ""}, "or Megatron's own --data-path, --train-data-path"),
         (["150m", "--mock-data"], {"NNODES": "2"}, "NODE_RANK='' must be from 0 to 1"),
         (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK='2'"),
         (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
@@ -163,6 +197,41 @@ def test_its_processes_get_sigterm_and_save(tmp_path: Path, does: str, how: sign
     process.send_signal(how)  # an impatient one
     ends(process, 0)
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_are_processes(tmp_path: Path, how: signal.Signals) -> None:
+    """To all that there is of the job, as SLURM sends it."""
+    process = train(tmp_path, "150m", job="slow-data", DATA=dataset(tmp_path))
+    wait_until(lambda: (tmp_path / "preparing").exists(), process)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(how)
+    ends(process, 0)
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
+
+
+def test_a_kernel_without_lists_of_children(tmp_path: Path) -> None:
+    """Its files are not there, so `cat` fails; `ps` knows them too."""
+    cat = tmp_path / "cat"
+    cat.write_text("#!/bin/sh\nexit 1\n")
+    cat.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = train(tmp_path, "tiny", "--mock-data", job="until-told", PATH=path)
+    wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
+    process.terminate()
+    ends(process, 0)
+
+
+def test_without_an_environment_it_says_so(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(LLAMA, checkout / "examples" / "llama")
+    variables = {**environment(SAVE=str(tmp_path)), "PYTHON": ""}
+    done = subprocess.run(
+        [str(checkout / "examples/llama/train.sh"), "tiny", "--mock-data"], env=variables,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"there is no {checkout}/.venv/bin/python; run make setup, or set PYTHON" in done.stderr
 
 
 def test_a_failure_is_the_status(tmp_path: Path) -> None:
