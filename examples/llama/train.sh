@@ -117,8 +117,8 @@ choose_data() {
     fi
     [[ -n ${DATA-} ]] ||
         die "DATA is not set; make a dataset with tools/prepare_data.py --vocab-size $vocabulary" \
-            "--valid-fraction 0.01 --output-prefix PREFIX and set DATA=PREFIX, or add --mock-data," \
-            "or Megatron's own --data-path, --train-data-path, --data-args-path or" \
+            "--valid-fraction 0.01 --output-prefix PREFIX and set DATA=PREFIX, or add" \
+            "--mock-data, or Megatron's own --data-path, --train-data-path, --data-args-path or" \
             "--per-split-data-args-path, and --tokenizer-type"
     found=$(
         trap '' TERM USR1
@@ -141,8 +141,11 @@ python=${PYTHON:-$root/.venv/bin/python}
 save=$(save_folder "$recipe" "$@")
 choose_processes "${recipe_flags[@]}" "$@"
 choose_network
+interval=$(flag_value --save-interval "" "${recipe_flags[@]}" "$@")
+check_count --save-interval "$interval" "give it the steps from one checkpoint to the next"
 choose_data "${recipe_flags[@]}" "$@"
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 supervise "$python" -m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
     "${processes[@]}" "$root/pretrain_gpt.py" "${recipe_flags[@]}" "${data_flags[@]}" \
-    --save "$save" --load "$save" --tensorboard-dir "$save" "$@"
+    --save "$save" --load "$save" --save-retain-interval $((10 * interval)) \
+    --tensorboard-dir "$save" "$@"

@@ -54,6 +54,8 @@ def test_a_laptop_gets_a_process_for_each_stage(tmp_path: Path) -> None:
     assert words[:8] == [*TORCHRUN, "--nproc-per-node", "2", "--standalone", words[7]]
     assert words[7].endswith("/pretrain_gpt.py") and Path(words[7]).exists()
     assert value(words, "--save") == value(words, "--load") == str(tmp_path / "saved")
+    assert value(words, "--tensorboard-dir") == str(tmp_path / "saved")
+    assert value(words, "--save-retain-interval") == "1000"  # Megatron wants a multiple
     assert words[-3:] == ["--mock-data", "--lr", "0.5"]  # so that they win
     assert value(words, "--tokenizer-type") == "NullTokenizer"
     assert "--exit-signal-handler" in words and value(words, "--mapl-rank") == "60"
@@ -154,9 +156,10 @@ def test_help_lists_the_recipes(tmp_path: Path) -> None:
         (["tiny", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0"},
          "share a GPU: NPROC_PER_NODE=2 and --distributed-backend gloo"),
         (["150m", "--mock-data"], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE='gpu' is no number"),
-        (["150m", "--mock-data"], {"NNODES": "2:4"}, "NNODES='2:4' is no number from 1; set NNODES"),
+        (["150m", "--mock-data"], {"NNODES": "2:4"}, "NNODES='2:4' is no number from 1; set"),
         (["150m", "--mock-data", "--pipeline-model-parallel-size"], {},
          "--pipeline-model-parallel-size='' is no number from 1; give it the number of stages"),
+        (["tiny", "--mock-data", "--save-interval", "x"], {}, "--save-interval='x' is no number"),
         (["150m", "--tensor-model-parallel-size=x"], {}, "--tensor-model-parallel-size='x' is"),
         (["150m"], {"DATA": ""}, "or Megatron's own --data-path, --train-data-path"),
         (["150m", "--mock-data"], {"NNODES": "2"}, "NODE_RANK='' must be from 0 to 1"),
