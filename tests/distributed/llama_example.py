@@ -100,7 +100,8 @@ class SlurmJob:
         self._arguments = arguments
         self._restarts = 0
         hosts = ",".join(["localhost", *(f"host-{n}" for n in range(1, nodes))])
-        self._variables = environment(
+        #: Of the script, in its environment.
+        self.variables = environment(
             FAKE_SLURM=str(folder),
             SLURM_JOB_ID="4711",
             SLURM_JOB_NODELIST=hosts,
@@ -108,13 +109,13 @@ class SlurmJob:
             SLURM_SUBMIT_DIR=str(ROOT),
             **variables,
         )
-        self._variables["PATH"] = f"{HERE / 'fake_slurm'}:{os.environ['PATH']}"
+        self.variables["PATH"] = f"{HERE / 'fake_slurm'}:{os.environ['PATH']}"
 
     def start(self) -> subprocess.Popen[Any]:
         """Starts the script, which SLURM has copied to a place of its own."""
         spooled = self.folder / "slurm_script"
         shutil.copy(self._script, spooled)
-        variables = {**self._variables, "SLURM_RESTART_COUNT": str(self._restarts)}
+        variables = {**self.variables, "SLURM_RESTART_COUNT": str(self._restarts)}
         with self.log.open("a") as log:
             process = subprocess.Popen(
                 ["bash", str(spooled), *self._arguments],

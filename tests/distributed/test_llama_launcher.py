@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/llama/train.sh: what it starts torchrun with, its errors, how it passes signals on."""
+"""examples/llama/train.sh: what it starts torchrun with, and its errors."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 
-from llama_example import LLAMA, RECIPES, environment, noted, stand_in, wait_until
+from llama_example import LLAMA, RECIPES, environment, noted, stand_in
 from stand_in_trainer import value
 
 TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
@@ -190,41 +187,6 @@ def test_datasets_that_do_not_fit(tmp_path: Path, made: dict[str, bool], message
     assert message in said and data in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("does", ["until-told", "starts"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_its_processes_get_sigterm_and_save(tmp_path: Path, does: str, how: signal.Signals) -> None:
-    process = train(tmp_path, "tiny", "--mock-data", job=does)
-    ready = "starting" if does == "starts" else "*.ready"
-    wait_until(lambda: bool([*tmp_path.glob(ready)]), process)
-    process.send_signal(how)
-    process.send_signal(how)  # an impatient one
-    ends(process, 0)
-    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_before_there_are_processes(tmp_path: Path, how: signal.Signals) -> None:
-    """To all that there is of the job, as SLURM sends it."""
-    process = train(tmp_path, "150m", job="slow-data", DATA=dataset(tmp_path))
-    wait_until(lambda: (tmp_path / "preparing").exists(), process)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.send_signal(how)
-    ends(process, 0)
-    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
-
-
-def test_a_kernel_without_lists_of_children(tmp_path: Path) -> None:
-    """Its files are not there, so `cat` fails; `ps` knows them too."""
-    cat = tmp_path / "cat"
-    cat.write_text("#!/bin/sh\nexit 1\n")
-    cat.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    process = train(tmp_path, "tiny", "--mock-data", job="until-told", PATH=path)
-    wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
-    process.terminate()
-    ends(process, 0)
-
-
 def test_without_an_environment_it_says_so(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(LLAMA, checkout / "examples" / "llama")
@@ -239,12 +201,3 @@ def test_without_an_environment_it_says_so(tmp_path: Path) -> None:
 
 def test_a_failure_is_the_status(tmp_path: Path) -> None:
     ends(train(tmp_path, "tiny", "--mock-data", job="crash-0"), 3)
-
-
-def test_interrupts_reach_torchrun(tmp_path: Path) -> None:
-    process = train(tmp_path, "tiny", "--mock-data", job="until-told")
-    wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
-    [worker] = [int(path.read_text()) for path in tmp_path.glob("*.ready")]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
-    os.kill(worker, signal.SIGKILL)  # which the real torchrun would have ended

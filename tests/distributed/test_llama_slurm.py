@@ -182,7 +182,7 @@ def test_errors_come_before_srun(
 
 def test_no_script_runs_without_slurm(tmp_path: Path) -> None:
     running = job(tmp_path)
-    del running._variables["SLURM_SUBMIT_DIR"]
+    del running.variables["SLURM_SUBMIT_DIR"]
     assert running.run() != 0
     assert "without SLURM use examples/llama/train.sh" in running.log.read_text()
 
