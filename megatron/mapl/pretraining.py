@@ -24,7 +24,7 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.pipeline_parallel import schedules
 from megatron.training import arguments as megatron_arguments
-from megatron.training import checkpointing, initialize, print_rank_0
+from megatron.training import checkpointing, get_args, initialize, print_rank_0
 from megatron.training import training as megatron_training
 
 from mapl.config import EmulationConfig
@@ -72,6 +72,11 @@ class Job:
         self._links: Links | None = None
         #: Megatron's pre-wrap hooks: each takes all model chunks of the process and returns them.
         self._hooks: list[Function] = []
+
+    @property
+    def runtime(self) -> MaplRuntime | None:
+        """The boundaries that the flags ask for; None for a plain job, or before they are read."""
+        return self._runtime
 
     def install(self) -> None:
         """Replaces what the script is going to import; to be called once, before it does."""
@@ -128,8 +133,9 @@ class Job:
     def _settling(self, parse_and_validate_args: Function) -> Function:
         @wraps(parse_and_validate_args)
         def parse_and_settle(*args: Any, **kwargs: Any) -> Any:
+            # Outside of `try`: an error of the script's or of Megatron's keeps its traceback.
+            namespace = parse_and_validate_args(*args, **kwargs)
             try:
-                namespace = parse_and_validate_args(*args, **kwargs)
                 self._settle(namespace)
             except ValueError as error:
                 exit_with_error(error)
@@ -206,13 +212,15 @@ class Job:
         Raises:
             ValueError: the script has not gone the way on which its flags are read.
         """
+        if self._args is None:
+            if self._wanted:
+                raise ValueError(
+                    "it calls megatron.training.pretrain without megatron.training.arguments."
+                    "parse_and_validate_args, after which --mapl-* flags are checked; call that "
+                    "first, as Megatron-LM's own scripts do, or leave --mapl-rank out"
+                )
+            self._settle(get_args())  # what the script has set, which Megatron goes by
         args, runtime = self._args, self._runtime
-        if args is None:
-            raise ValueError(
-                "it calls megatron.training.pretrain without megatron.training.arguments."
-                "parse_and_validate_args, after which --mapl-* flags are checked; call that first, "
-                "as Megatron-LM's own scripts do, or run the script without -m megatron.mapl"
-            )
         if self._links is not None:
             if runtime is not None:
                 raise ValueError(

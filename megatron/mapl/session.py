@@ -2,9 +2,13 @@
 """Runs a training script with everything in place that it needs for boundaries."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from megatron.mapl import cpu, versions
 from megatron.mapl.errors import exit_with_error
+
+if TYPE_CHECKING:  # it imports Megatron, which is checked before
+    from megatron.mapl.pretraining import Job
 
 _running = False
 
@@ -32,7 +36,17 @@ def run(script: Callable[[], object]) -> None:
 
     job = Job(cpu_mode=cpu_mode)
     job.install()
-    script()
+    try:
+        script()
+    except SystemExit as stop:
+        if stop.code not in (None, 0):  # it has failed, and says so itself
+            raise
+        _end(job)
+        raise
+    _end(job)
+
+
+def _end(job: "Job") -> None:
     try:
         job.end()
     except ValueError as error:

@@ -74,6 +74,7 @@ SYMBOLS: Symbols = {
         "initialize_megatron",
         "pretrain",
         "print_rank_0",
+        "print_rank_last",
     ),
     "megatron.training.argument_utils": (
         "ArgumentGroupFactory._build_argparse_kwargs_from_field",
@@ -176,8 +177,11 @@ def _missing(symbols: Symbols) -> Iterator[str]:
     for module_name, names in symbols.items():
         try:
             module = importlib.import_module(module_name)
-        except ImportError:
-            yield module_name
+        except ImportError as error:
+            # Not there itself, or in no package that is; else what it imports failed.
+            gone = isinstance(error, ModuleNotFoundError) and error.name is not None
+            gone = gone and f"{module_name}.".startswith(f"{error.name}.")
+            yield module_name if gone else f"{module_name} ({error})"
             continue
         for name in names:
             owner: object = module

@@ -32,6 +32,6 @@ def parse(job: pretraining.Job, monkeypatch: pytest.MonkeyPatch) -> Parse:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
         unset_global_variables()
         args = megatron_arguments.parse_and_validate_args()
-        return args, job._runtime
+        return args, job.runtime
 
     return parsed

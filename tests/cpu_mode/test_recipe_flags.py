@@ -94,21 +94,60 @@ def test_flags_are_taken_and_save_what_they_promise(
     replicas = 1 if recipe == "tiny" else 2
     args, runtime = parsed(parse, monkeypatch, words, model * replicas)
     assert args.data_parallel_size == replicas
+    assert args.padded_vocab_size == args.vocab_size  # with its own tensor parallelism
     assert args.exit_signal_handler and args.bf16
     config = runtime.config
     assert len(runtime.plan.ranks) == args.pipeline_model_parallel_size - 1
     if recipe in MUON_LR:
         assert (args.optimizer, args.lr) == ("muon", MUON_LR[recipe])
         assert args.decoupled_lr == args.lr / 2
+    saved = ratio(args, config, monkeypatch, capsys)
+    assert RATIO[recipe] <= saved < 1.04 * RATIO[recipe]
+
+
+def ratio(
+    args: Any, config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> float:
+    """How many times fewer bytes, by tools/traffic_budget.py."""
     tokens = args.seq_length * args.micro_batch_size
+    [forward], [backward] = {*config.forward_codec}, {*config.backward_codec}
     budget = (
         f"--hidden-size {args.hidden_size} --rank {config.rank[0]} --vocab-size {args.vocab_size} "
         f"--micro-batch-tokens {tokens} --step-tokens {args.global_batch_size * args.seq_length} "
-        f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
+        f"--tensor-model-parallel-size {args.tensor_model_parallel_size} "
+        f"--forward-codec {forward} --backward-codec {backward}"
     ).split()
     if args.sequence_parallel:
         budget.append("--sequence-parallel")
     monkeypatch.setattr(sys, "argv", ["traffic_budget.py", *budget])
     traffic_budget.main()
     found = re.search(r"^ratio (\S+),", capsys.readouterr().out, re.M)
-    assert found and RATIO[recipe] <= float(found[1]) < 1.04 * RATIO[recipe]
+    assert found
+    return float(found[1])
+
+
+PAPER = "--mapl-preset paper --mapl-rank 256".split()
+
+
+@pytest.mark.parametrize("recipe", ["150m", "500m", "1b"])
+def test_the_papers_setting_of_its_sizes(
+    recipe: str,
+    parse: Parse,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the README says; token ids and the projector come on top of the latents."""
+    args, runtime = parsed(parse, monkeypatch, [*flags(recipe), *PAPER], 4)
+    assert args.hidden_size == RATIO[recipe] * runtime.config.rank[0]
+    assert runtime.config.anchor == "factorized" and runtime.config.anchor_rank == 256
+    saved = ratio(args, runtime.config, monkeypatch, capsys)
+    assert f"{saved:.2f}" in (LLAMA / "README.md").read_text()
+    assert 0.99 * RATIO[recipe] < saved < RATIO[recipe]
+
+
+def test_the_papers_setting_is_not_for_tiny(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(parse, monkeypatch, [*flags("tiny"), *PAPER], 2)
+    assert "--mapl-anchor-buckets 16384" in capsys.readouterr().err

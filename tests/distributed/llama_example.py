@@ -21,17 +21,23 @@ ROOT = HERE.parent.parent
 LLAMA = ROOT / "examples" / "llama"
 RECIPES = sorted(path.stem for path in (LLAMA / "recipes").glob("*.flags") if path.stem != "common")
 
-#: Flags that make any recipe so small that it trains in a second; they come after its own.
+#: Flags that make any recipe so small that it trains in a second; they come after its own. More
+#: heads than the groups of a recipe's queries, and what tensor parallelism it has by `SPLIT`.
 SHRUNKEN = (
-    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 8 "
+    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 16 "
     "--seq-length 32 --max-position-embeddings 32 --global-batch-size 4 --micro-batch-size 2 "
     "--vocab-size 300 --train-iters 4 --eval-iters 1 --log-interval 1 --mock-data "
-    "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 1"
+    "--pipeline-model-parallel-size 2"
 ).split()
+#: More of them for recipes whose stages are split: 8 ways by themselves.
+SPLIT = {recipe: "--tensor-model-parallel-size 2".split() for recipe in ("7b", "8b")}
 SHRUNKEN_MAPL = "--mapl-rank 16 --mapl-anchor-buckets 512".split()
 
 # Of whoever runs the tests, who may do so in a job of a real SLURM.
-_FOREIGN = re.compile(r"SLURM_|CUDA_|NCCL_|GLOO_|MASTER_|(NNODES|NODE_RANK|DATA|SAVE|PLAIN)$")
+_FOREIGN = re.compile(
+    r"SLURM_|CUDA_|NCCL_|GLOO_|MASTER_|CONTAINER_|"
+    r"(NNODES|NODE_RANK|NPROC_PER_NODE|NETWORK_INTERFACE|DATA|SAVE|PLAIN)$"
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -94,7 +100,8 @@ class SlurmJob:
         self._arguments = arguments
         self._restarts = 0
         hosts = ",".join(["localhost", *(f"host-{n}" for n in range(1, nodes))])
-        self._variables = environment(
+        #: Of the script, in its environment.
+        self.variables = environment(
             FAKE_SLURM=str(folder),
             SLURM_JOB_ID="4711",
             SLURM_JOB_NODELIST=hosts,
@@ -102,13 +109,13 @@ class SlurmJob:
             SLURM_SUBMIT_DIR=str(ROOT),
             **variables,
         )
-        self._variables["PATH"] = f"{HERE / 'fake_slurm'}:{os.environ['PATH']}"
+        self.variables["PATH"] = f"{HERE / 'fake_slurm'}:{os.environ['PATH']}"
 
     def start(self) -> subprocess.Popen[Any]:
         """Starts the script, which SLURM has copied to a place of its own."""
         spooled = self.folder / "slurm_script"
         shutil.copy(self._script, spooled)
-        variables = {**self._variables, "SLURM_RESTART_COUNT": str(self._restarts)}
+        variables = {**self.variables, "SLURM_RESTART_COUNT": str(self._restarts)}
         with self.log.open("a") as log:
             process = subprocess.Popen(
                 ["bash", str(spooled), *self._arguments],

@@ -10,6 +10,7 @@ follows $STAND_IN_JOB:
     crash-N      saves step N, unless that is 0, and fails
     until-told   waits for SIGTERM, then saves step 7 and ends; leaves PID.ready when it waits
     starts       the same, but for a second it does not know SIGTERM yet
+    slow-data    the same as until-told, but `tools/data_flags.py` takes a second
 """
 
 import json
@@ -66,6 +67,9 @@ def work(words: list[str]) -> int:
 def main(words: list[str]) -> int:
     """What `python WORDS` would be."""
     if words[0].endswith("data_flags.py"):
+        if os.environ["STAND_IN_JOB"] == "slow-data":
+            Path(os.environ["STAND_IN"], "preparing").touch()
+            time.sleep(1)
         os.execv(sys.executable, [sys.executable, *words])
     if words[0] == "work":
         return work(words[1:])

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/llama/train.sh: what it starts torchrun with, its errors, how it passes signals on."""
+"""examples/llama/train.sh: what it starts torchrun with, and its errors."""
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from llama_example import LLAMA, RECIPES, environment, noted, stand_in, wait_until
+from llama_example import LLAMA, RECIPES, environment, noted, stand_in
 from stand_in_trainer import value
 
 TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
@@ -52,6 +51,8 @@ def test_a_laptop_gets_a_process_for_each_stage(tmp_path: Path) -> None:
     assert words[:8] == [*TORCHRUN, "--nproc-per-node", "2", "--standalone", words[7]]
     assert words[7].endswith("/pretrain_gpt.py") and Path(words[7]).exists()
     assert value(words, "--save") == value(words, "--load") == str(tmp_path / "saved")
+    assert value(words, "--tensorboard-dir") == str(tmp_path / "saved")
+    assert value(words, "--save-retain-interval") == "1000"  # Megatron wants a multiple
     assert words[-3:] == ["--mock-data", "--lr", "0.5"]  # so that they win
     assert value(words, "--tokenizer-type") == "NullTokenizer"
     assert "--exit-signal-handler" in words and value(words, "--mapl-rank") == "60"
@@ -74,6 +75,30 @@ def test_processes_may_share_a_gpu(tmp_path: Path) -> None:
     more = {"CUDA_VISIBLE_DEVICES": "0", "NPROC_PER_NODE": "4"}
     ends(train(tmp_path, "150m", "--mock-data", "--distributed-backend", "gloo", **more))
     assert value(noted(tmp_path)["words"], "--nproc-per-node") == "4"
+
+
+def test_slurm_knows_the_gpus_of_a_node(tmp_path: Path) -> None:
+    allotted = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    ends(train(tmp_path, "150m", "--mock-data", **allotted))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == "8"
+    ends(train(tmp_path, "150m", "--mock-data", NPROC_PER_NODE="4", **allotted))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == "4"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("-1", "4"), ("0,1,2,3,-1,4", "4")])
+def test_cuda_sees_no_gpu_from_minus_one_on(tmp_path: Path, visible: str, expected: str) -> None:
+    ends(train(tmp_path, "150m", "--mock-data", CUDA_VISIBLE_DEVICES=visible))
+    assert value(noted(tmp_path)["words"], "--nproc-per-node") == expected
+
+
+@pytest.mark.parametrize(
+    "flag", ["--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path"]
+)
+def test_megatrons_own_flags_for_data(tmp_path: Path, flag: str) -> None:
+    ends(train(tmp_path, "150m", flag, "there", "--tokenizer-type", "NullTokenizer"))
+    words = noted(tmp_path)["words"]
+    assert [word for word in words if "data-" in word] == [flag]
+    assert words.count("--tokenizer-type") == 1
 
 
 @pytest.mark.parametrize("names", [("NNODES", "NODE_RANK"), ("SLURM_NNODES", "SLURM_NODEID")])
@@ -125,6 +150,15 @@ def test_help_lists_the_recipes(tmp_path: Path) -> None:
         (["150m", "--mock-data"], {"PLAIN": "yes"}, "PLAIN=yes is neither 1"),
         (["150m", "--mock-data"], {"NPROC_PER_NODE": "6"}, "cannot hold replicas of 4 stages"),
         (["7b", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0,1"}, "1 nodes × 2 processes"),
+        (["tiny", "--mock-data"], {"CUDA_VISIBLE_DEVICES": "0"},
+         "share a GPU: NPROC_PER_NODE=2 and --distributed-backend gloo"),
+        (["150m", "--mock-data"], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE='gpu' is no number"),
+        (["150m", "--mock-data"], {"NNODES": "2:4"}, "NNODES='2:4' is no number from 1; set"),
+        (["150m", "--mock-data", "--pipeline-model-parallel-size"], {},
+         "--pipeline-model-parallel-size='' is no number from 1; give it the number of stages"),
+        (["tiny", "--mock-data", "--save-interval", "x"], {}, "--save-interval='x' is no number"),
+        (["150m", "--tensor-model-parallel-size=x"], {}, "--tensor-model-parallel-size='x' is"),
+        (["150m"], {"DATA": ""}, "or Megatron's own --data-path, --train-data-path"),
         (["150m", "--mock-data"], {"NNODES": "2"}, "NODE_RANK='' must be from 0 to 1"),
         (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK='2'"),
         (["150m", "--mock-data"], {"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
@@ -153,26 +187,17 @@ def test_datasets_that_do_not_fit(tmp_path: Path, made: dict[str, bool], message
     assert message in said and data in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("does", ["until-told", "starts"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_its_processes_get_sigterm_and_save(tmp_path: Path, does: str, how: signal.Signals) -> None:
-    process = train(tmp_path, "tiny", "--mock-data", job=does)
-    ready = "starting" if does == "starts" else "*.ready"
-    wait_until(lambda: bool([*tmp_path.glob(ready)]), process)
-    process.send_signal(how)
-    process.send_signal(how)  # an impatient one
-    ends(process, 0)
-    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "7"
+def test_without_an_environment_it_says_so(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(LLAMA, checkout / "examples" / "llama")
+    variables = {**environment(SAVE=str(tmp_path)), "PYTHON": ""}
+    done = subprocess.run(
+        [str(checkout / "examples/llama/train.sh"), "tiny", "--mock-data"], env=variables,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"there is no {checkout}/.venv/bin/python; run make setup, or set PYTHON" in done.stderr
 
 
 def test_a_failure_is_the_status(tmp_path: Path) -> None:
     ends(train(tmp_path, "tiny", "--mock-data", job="crash-0"), 3)
-
-
-def test_interrupts_reach_torchrun(tmp_path: Path) -> None:
-    process = train(tmp_path, "tiny", "--mock-data", job="until-told")
-    wait_until(lambda: bool([*tmp_path.glob("*.ready")]), process)
-    [worker] = [int(path.read_text()) for path in tmp_path.glob("*.ready")]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) == 128 + signal.SIGINT
-    os.kill(worker, signal.SIGKILL)  # which the real torchrun would have ended

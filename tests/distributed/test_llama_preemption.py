@@ -44,5 +44,6 @@ def test_a_stopped_job_comes_to_the_same(cluster: Cluster, tmp_path: Path) -> No
     assert "exiting program after receiving SIGTERM" in job.log.read_text()
     assert job.run() == 0, job.log.read_text()[-6000:]
     assert job.requeued == 1 and saved(stopped) == 60
+    assert {path.name for path in stopped.glob("iter_*")} == {"iter_0000050", "iter_0000060"}
     assert [step[0] for step in metrics(stopped)] == list(range(1, 61))
     assert metrics(stopped) == metrics(straight / "saved")

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from llama_example import LLAMA, RECIPES, SHRUNKEN, SHRUNKEN_MAPL, environment, noted, stand_in
+from llama_example import (
+    LLAMA,
+    RECIPES,
+    SHRUNKEN,
+    SHRUNKEN_MAPL,
+    SPLIT,
+    environment,
+    noted,
+    stand_in,
+)
 
 #: As the README says, with the rank of the shrunken model.
 PAPER = "--mapl-preset paper --mapl-rank 16".split()
@@ -31,7 +40,9 @@ def command(folder: Path, recipe: str, *words: str, **variables: str) -> list[st
 def test_a_shrunken_recipe_trains_and_is_saved(
     cluster: Cluster, tmp_path: Path, recipe: str
 ) -> None:
-    result = cluster.run(2, command(tmp_path, recipe, *SHRUNKEN_MAPL))
+    split = SPLIT.get(recipe, [])
+    processes = 4 if split else 2
+    result = cluster.run(processes, command(tmp_path, recipe, *split, *SHRUNKEN_MAPL))
     assert len(result.losses) == 4
     assert all(math.isfinite(loss) for loss in result.losses)
     assert result.losses[-1] < result.losses[0]
@@ -39,6 +50,8 @@ def test_a_shrunken_recipe_trains_and_is_saved(
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "4"
     traffic = json.loads((saved / "mapl_traffic.json").read_text())
     assert 1 < traffic["boundaries"][0]["ratio"] < 4
+    assert list(saved.glob("events.out.tfevents.*"))
+    assert "throughput per GPU (TFLOP/s/GPU)" in result.log
 
 
 def test_the_papers_setting(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/llama/slurm: the batch scripts with a SLURM and a trainer that are stand-ins."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from llama_example import LLAMA, SlurmJob, noted, stand_in, wait_until
+from llama_example import LLAMA, SlurmJob, environment, noted, stand_in, wait_until
 from stand_in_trainer import value
 
 SCRIPTS = ["bare-metal.sbatch", "container.sbatch"]
@@ -39,7 +42,9 @@ def test_every_node_trains(tmp_path: Path, script: str) -> None:
         assert value(note["words"], "--master-port") == "24711"
         assert value(note["words"], "--lr") == "0.1"
         assert note["variables"]["SRUN_CPUS_PER_TASK"] == "12"
-    assert running.srun[0][:2] == ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    assert running.srun[0][:4] == [
+        "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -50,7 +55,7 @@ def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(
     process = running.start()
     wait_until(lambda: len([*tmp_path.glob("*.ready")]) == 2, process)
     running.time_is_nearly_up()
-    assert process.wait(timeout=60) == 0, running.log.read_text()
+    assert process.wait(timeout=300) == 0, running.log.read_text()
     assert running.requeued == 1
     assert "start 0: tiny on 2 nodes from step 0 of 200" in running.log.read_text()
     assert "ended with status 0 at step 7 of 200" in running.log.read_text()
@@ -104,11 +109,14 @@ def test_the_master_listens_on_the_network_that_is_asked_for(tmp_path: Path) -> 
 
 def test_pyxis_and_apptainer_see_the_checkout_and_the_mounts(tmp_path: Path) -> None:
     root = LLAMA.parent.parent
-    mounts = f"{root}:{root},/scratch/data:/data"
-    more = {"CONTAINER_IMAGE": "registry#mapl:1", "CONTAINER_MOUNTS": "/scratch/data:/data"}
+    extra, saved, data = tmp_path / "extra", tmp_path / "saved", tmp_path / "data"
+    extra.mkdir()
+    mounts = ",".join(f"{path}:{path}" for path in (root, saved, data, extra))
+    more = {"CONTAINER_IMAGE": "registry#mapl:1", "CONTAINER_MOUNTS": f"{extra},{extra}"}
+    more["DATA"] = str(data / "corpus")  # not read: --mock-data
     pyxis = job(tmp_path, "finish", "container.sbatch", **more)
     assert pyxis.run() == 0, pyxis.log.read_text()
-    assert pyxis.srun[0][2:] == [
+    assert pyxis.srun[0][4:] == [
         "--container-image=registry#mapl:1", f"--container-mounts={mounts}",
         f"--container-workdir={root}", "bash", "examples/llama/train.sh", *RECIPE,
     ]  # fmt: skip
@@ -121,6 +129,25 @@ def test_pyxis_and_apptainer_see_the_checkout_and_the_mounts(tmp_path: Path) -> 
     )
 
 
+def test_a_container_sees_where_links_of_the_checkout_lead(tmp_path: Path) -> None:
+    """A checkout whose checkpoints are elsewhere, as on clusters with a small home."""
+    checkout, scratch = tmp_path / "checkout", tmp_path / "scratch"
+    scratch.mkdir()
+    shutil.copytree(LLAMA, checkout / "examples" / "llama")
+    (checkout / "checkpoints").symlink_to(scratch)
+    script = (
+        "source examples/llama/slurm/job.sh; choose_mounts tiny --mock-data; echo $mounts;"
+        "choose_mounts tiny --save here; echo $mounts"
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=checkout, env=environment(), check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    code = f"{checkout}:{checkout}"
+    assert done.stdout.splitlines() == [f"{code},{scratch}/tiny:{scratch}/tiny", code]
+    assert (scratch / "tiny").is_dir() and (checkout / "here").is_dir()
+
+
 @pytest.mark.parametrize(
     ("script", "words", "variables", "message"),
     [
@@ -128,20 +155,34 @@ def test_pyxis_and_apptainer_see_the_checkout_and_the_mounts(tmp_path: Path) -> 
         ("bare-metal.sbatch", ["2b"], {}, "there is no recipe '2b'"),
         ("bare-metal.sbatch", RECIPE, {"NETWORK_INTERFACE": "wan9"}, "has no IPv4 address"),
         ("container.sbatch", RECIPE, {}, "CONTAINER_IMAGE is not set"),
+        ("container.sbatch", [], {"CONTAINER_IMAGE": "image.sif"}, "name a recipe"),
+        (
+            "container.sbatch",
+            RECIPE,
+            {"CONTAINER_IMAGE": "image.sif", "CONTAINER_MOUNTS": "/tmp:/data"},
+            "CONTAINER_MOUNTS=/tmp:/data mounts at another path, .*; give PATH",
+        ),
+        (
+            "container.sbatch",
+            RECIPE,
+            {"CONTAINER_IMAGE": "image.sif", "CONTAINER_MOUNTS": "/nowhere"},
+            "CONTAINER_MOUNTS=/nowhere: '/nowhere' is not the absolute path",
+        ),
     ],
 )
 def test_errors_come_before_srun(
     tmp_path: Path, script: str, words: list[str], variables: dict[str, str], message: str
 ) -> None:
-    running = SlurmJob(tmp_path, script, words, {**stand_in(tmp_path), **variables})
+    given = {**stand_in(tmp_path), "SAVE": str(tmp_path / "saved"), **variables}
+    running = SlurmJob(tmp_path, script, words, given)
     assert running.run() == 2
-    assert message in running.log.read_text()
-    assert not (tmp_path / "srun.jsonl").exists()
+    assert re.search(message, running.log.read_text())
+    assert not (tmp_path / "srun.jsonl").exists() and not (tmp_path / "saved").exists()
 
 
 def test_no_script_runs_without_slurm(tmp_path: Path) -> None:
     running = job(tmp_path)
-    del running._variables["SLURM_SUBMIT_DIR"]
+    del running.variables["SLURM_SUBMIT_DIR"]
     assert running.run() != 0
     assert "without SLURM use examples/llama/train.sh" in running.log.read_text()
 

@@ -55,11 +55,17 @@ def test_it_trains_as_our_own_script_does(cluster: Cluster, script: Path, name: 
 
 
 @since_019
-@pytest.mark.parametrize("script", [CONFIGURED, PROVIDED], ids=lambda script: script.stem)
-def test_without_the_flag_it_is_plain_megatron(cluster: Cluster, script: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "habit"),
+    [(CONFIGURED, []), (PROVIDED, []), (PROVIDED, ["--habit", "own-parser"])],
+    ids=["configured", "provided", "own-parser"],
+)
+def test_without_the_flag_it_is_plain_megatron(
+    cluster: Cluster, script: Path, habit: list[str]
+) -> None:
     layout = LAYOUTS["pp2"]
     plain = cluster.run_once(layout.world_size, layout.command(), plain=True)
-    other = cluster.run(layout.world_size, layout.command(), script=script)
+    other = cluster.run(layout.world_size, [*layout.command(), *habit], script=script)
     assert other.losses == plain.losses
     assert other.validation == plain.validation
 
@@ -99,6 +105,7 @@ REFUSED = {
     "early-import": "it initializes Megatron, but not by .*import it no earlier than in the script",
     "own-parser": "pretrain without .*parse_and_validate_args, after which .*call that first",
     "no-training": "it has ended without a call of .*pretrain, so --mapl-rank had no effect; call",
+    "exit-without-training": "it has ended without a call of .*pretrain, so --mapl-rank had no ef",
     "own-communicator": "it gives .*pretrain a p2p_communicator of its own, .*leave that or",
 }
 
@@ -117,6 +124,14 @@ def test_what_boundaries_do_not_go_with(cluster: Cluster, habit: str) -> None:
     assert re.search(REFUSED[habit], lines[0]), lines[0]
 
 
+def test_an_error_of_the_script_keeps_its_traceback(cluster: Cluster) -> None:
+    command = LAYOUTS["pp2"].bare_command("--habit", "own-provider-fails")
+    result = cluster.run(1, command, script=PROVIDED, fails=True)
+    assert result.codes == [1]
+    assert re.search("Traceback .*, in add_flag.*ValueError: a fault of", result.log, re.S)
+    assert "provided.py: error" not in result.log
+
+
 def test_settings_from_yaml(cluster: Cluster, tmp_path: Path) -> None:
     """Megatron then takes no flags at all, and would train without boundaries."""
     settings = tmp_path / "settings.yaml"
@@ -131,9 +146,11 @@ def test_settings_from_yaml(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @since_019
-def test_help_lists_all_flags(cluster: Cluster) -> None:
+@pytest.mark.parametrize("script", [CONFIGURED, PROVIDED], ids=lambda script: script.stem)
+def test_help_lists_all_flags(cluster: Cluster, script: Path) -> None:
     """Also where a script has Megatron look for --inprocess-restart before it parses."""
-    result = cluster.run(1, ["--help"], script=CONFIGURED)
+    result = cluster.run(1, ["--mapl-rank", "16", "--help"], script=script)
+    assert "error" not in result.log.splitlines()[-1]
     assert "--mapl-rank" in result.log and "--tensor-model-parallel-size" in result.log
 
 

@@ -64,6 +64,21 @@ def test_all_that_has_moved_is_named(megatron: types.ModuleType) -> None:
         versions.check(moved)
 
 
+def test_what_fails_while_it_is_imported_says_why(
+    megatron: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_another.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "needs_a_name.py").write_text("from json import a_name_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        versions.UnsupportedMegatronError,
+        match=r"does not have needs_another \(No module named 'a_package_that_is_not_there'\), "
+        r"needs_a_name \(cannot import name 'a_name_that_is_not_there' from 'json' .*\), "
+        "not_there, ",
+    ):
+        versions.check({"needs_another": ("it",), "needs_a_name": ("it",), "not_there": ("it",)})
+
+
 def test_another_version_and_what_has_moved(megatron: types.ModuleType) -> None:
     megatron.__version__ = "0.21.0"  # type: ignore[attr-defined]
     with pytest.raises(

@@ -30,6 +30,43 @@ saved_step() {
     echo "$step"
 }
 
+# read_job RECIPE FLAGS...: the array `recipe_flags`, and the folder of checkpoints as `save`.
+read_job() {
+    [[ -n ${1-} ]] || die "name a recipe: sbatch [OPTIONS] SCRIPT RECIPE [MEGATRON FLAGS...]"
+    read_recipe "$1"
+    save=$(save_folder "$@")
+}
+
+# choose_mounts RECIPE FLAGS...: what a container has to see, SOURCE:TARGET with commas between, as
+# `mounts`. The folder of checkpoints is made, for only what is there can be mounted.
+choose_mounts() {
+    local path resolved save
+    local -a more paths
+    read_job "$@"
+    paths=("$save")
+    [[ -z ${DATA-} ]] || paths+=("$(dirname "$DATA")")
+    IFS=, read -ra more <<<"${CONTAINER_MOUNTS-}"
+    for path in "${more[@]}"; do
+        [[ $path != *:* ]] ||
+            die "CONTAINER_MOUNTS=$CONTAINER_MOUNTS mounts at another path, at which neither" \
+                "SAVE nor DATA would be found; give PATH[,PATH...], the same path inside"
+        [[ $path == /* && -e $path ]] ||
+            die "CONTAINER_MOUNTS=$CONTAINER_MOUNTS: '$path' is not the absolute path of" \
+                "something on $(hostname); correct it or leave it out"
+    done
+    mkdir -p "$save" || die "SAVE=$save cannot be made; set SAVE to a folder that can"
+    mounts=$PWD:$PWD
+    for path in "${paths[@]}" "${more[@]}"; do
+        path=$(realpath -ms -- "$path")
+        if [[ $path/ == "$PWD"/* ]]; then # the checkout's, unless by a link out of it
+            resolved=$(realpath -m -- "$path")
+            [[ $resolved/ != "$(realpath -- "$PWD")"/* ]] || continue
+            path=$resolved
+        fi
+        [[ ",$mounts," == *",$path:$path,"* ]] || mounts+=,$path:$path
+    done
+}
+
 # train_on_all_nodes WORDS... -- RECIPE FLAGS...: runs train.sh on each node, and has SLURM queue
 # the job again if it was stopped before its last step. WORDS stand between srun and train.sh:
 # options of srun, or what train.sh is to run inside of.
@@ -44,10 +81,8 @@ train_on_all_nodes() {
         shift
     done
     shift
-    recipe=${1-}
-    [[ -n $recipe ]] || die "name a recipe: sbatch [OPTIONS] SCRIPT RECIPE [MEGATRON FLAGS...]"
-    read_recipe "$recipe"
-    save=$(save_folder "$@")
+    read_job "$@"
+    recipe=$1
     last=$(flag_value --train-iters 0 "${recipe_flags[@]}" "$@")
     choose_master
     # srun takes it no longer from sbatch by itself.
@@ -56,7 +91,9 @@ train_on_all_nodes() {
     before=$(saved_step "$save")
     echo "$(date -Is) job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $recipe on" \
         "$SLURM_NNODES nodes from step $before of $last, $MASTER_ADDR:$MASTER_PORT"
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${words[@]}" \
+    # All of them said: else an --ntasks of sbatch, or its variable, wins.
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        --kill-on-bad-exit=1 "${words[@]}" \
         bash examples/llama/train.sh "$@" || status=$?
     after=$(saved_step "$save")
     echo "$(date -Is) job $SLURM_JOB_ID ended with status $status at step $after of $last"

@@ -22,11 +22,13 @@ from script_parts import datasets, forward_step, model_provider
 HABITS = (
     "another-model",
     "early-import",
+    "exit-without-training",
     "more-tokens",
     "own-communicator",
     "own-gradients",
     "own-loop",
     "own-parser",
+    "own-provider-fails",
     "no-training",
 )
 
@@ -34,6 +36,8 @@ HABITS = (
 def add_flag(parser: Any) -> Any:
     """The script's own."""
     parser.add_argument("--habit", choices=HABITS)
+    if "own-provider-fails" in sys.argv:
+        raise ValueError("a fault of the script's own")
     return parser
 
 
@@ -64,6 +68,8 @@ def main() -> None:
         args = parse_and_validate_args(extra_args_provider=add_flag)
     if args.habit == "own-loop":
         initialize_megatron()
+    if args.habit == "exit-without-training":
+        sys.exit(0)
     if args.habit in ("own-loop", "no-training"):
         return
     assert get_args() is args
@@ -87,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())  # type: ignore[func-returns-value]
