@@ -80,11 +80,14 @@ TABLE = {
     ),
     "NNODES=4 NODE_RANK=0 MASTER_ADDR=node-0 …": f"{_LAUNCHER}::test_one_node_of_many",
     "NPROC_PER_NODE=4 examples/llama/train.sh …": f"{_LAUNCHER}::test_processes_may_share_a_gpu",
-    "PLAIN=1 SAVE=checkpoints/150m-plain …": (
+    "SAVE=checkpoints/150m-plain DATA=data/corpus PLAIN=1 …": (
         f"{_LAUNCHER}::test_plain_megatron_is_the_recipe_without_boundaries"
     ),
-    "examples/llama/train.sh 150m --mapl-preset paper …": (
-        "tests/distributed/test_llama_recipes.py::test_the_papers_setting"
+    "SAVE=checkpoints/150m-paper DATA=data/corpus examples/llama/train.sh 150m …": (
+        "tests/cpu_mode/test_recipe_flags.py::test_the_papers_setting_of_its_sizes"
+    ),
+    "NPROC_PER_NODE=2 DATA=data/stdlib examples/llama/train.sh tiny …": (
+        f"{_LAUNCHER}::test_processes_may_share_a_gpu"
     ),
     "train.sh --help": HERE,
     "torchrun --nproc-per-node 4 pretrain_gpt.py --pipeline-model-parallel-size 4 …": (
@@ -136,7 +139,7 @@ TABLE = {
     "python tools/convert_to_hf.py --load checkpoints/mine …": f"{_HF}::exact",
     "python tools/convert_to_hf.py --load runs/mine --output mine-plain …": f"{_HF}::plain",
     "python tools/convert_from_hf.py …": f"{_HF}::test_round_trips",
-    "python -m pytest -n0 tests/distributed/test_hugging_face.py": SELF,
+    "python -m pytest -n0 -rP --show-capture=stdout tests/distributed/test_hugging_face.py": SELF,
     # Planning
     "python tools/traffic_budget.py --hidden-size 4096 --rank 1280 …": HERE,
     "python tools/traffic_budget.py --hidden-size 4096 --rank 512 …": HERE,
@@ -145,7 +148,7 @@ TABLE = {
         "tests/unit/test_plan.py::test_the_docs_have_what_the_command_prints"
     ),
     "python tools/check_plan.py docs/planning-bench.json": (
-        "tests/unit/test_plan.py::test_the_docs_state_the_errors_of_the_bench"
+        "tests/unit/test_check_plan.py::test_the_docs_state_the_errors_of_the_bench"
     ),
     "torchrun --nnodes 4 … tools/measure_links.py …": (
         "tests/distributed/test_measure_links.py::test_all_pairs_under_torchrun"
