@@ -86,7 +86,7 @@ test: setup  ## Lint, types, then the unit and distributed tests (CPU)
 OLDER_VERSION := 0.18.2
 OLDER := $(VENV)/megatron-core-$(OLDER_VERSION)
 
-test-older: setup  ## Scripts of other people, on the oldest Megatron that is taken
+test-older: setup  ## Scripts that know nothing of boundaries, on the oldest Megatron
 	@if [[ ! -d $(OLDER) ]]; then \
 		echo "== installing megatron-core $(OLDER_VERSION) in $(OLDER)"; \
 		rm -rf $(OLDER).unfinished; \

@@ -55,7 +55,7 @@ TABLE = {
     "make setup MAPL_PYTHON=/path/to/python3.12": SETUP,
     "make clean": SETUP,
     "source .venv/bin/activate": "not run: it is the shell's",
-    ".venv/bin/python -m pip install transformer-engine[pytorch]": INSTALLS,
+    ".venv/bin/python -m pip install -e '.[gpu]'": INSTALLS,
     "pip install -e '.[gpu]'": INSTALLS,
     "pip install --dry-run -c c.txt megatron-bridge": INSTALLS,
     # Data
@@ -79,7 +79,7 @@ TABLE = {
         f"{_LAUNCHER}::test_a_laptop_gets_a_process_for_each_stage"
     ),
     "NNODES=4 NODE_RANK=0 MASTER_ADDR=node-0 …": f"{_LAUNCHER}::test_one_node_of_many",
-    "NPROC_PER_NODE=4 examples/llama/train.sh …": f"{_LAUNCHER}::test_processes_may_share_a_gpu",
+    "DATA=data/corpus NPROC_PER_NODE=4 examples/llama/train.sh …": f"{_LAUNCHER}::test_processes_may_share_a_gpu",
     "SAVE=checkpoints/150m-plain DATA=data/corpus PLAIN=1 …": (
         f"{_LAUNCHER}::test_plain_megatron_is_the_recipe_without_boundaries"
     ),
