@@ -56,7 +56,7 @@ class _Parsed(Exception):
 
 def has_flags(path: Path) -> bool:
     source = path.read_text()
-    return "__main__" in source and ("ArgumentParser" in source or "data_arguments" in source)
+    return "__main__" in source and ("Parser(" in source or "data_arguments" in source)
 
 
 def parser_of(
