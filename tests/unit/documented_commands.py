@@ -20,7 +20,7 @@ PAGES = sorted(
 )
 _PROGRAMS = (
     r"(?:python3?|torchrun|sudo|make|pip|source|sbatch|srun|scancel|scontrol|ip|git|docker|bash"
-    r"|compute-sanitizer|cd|export|apptainer|\S*/(?:python|train\.sh))"
+    r"|compute-sanitizer|cd|export|apptainer|apt-get|apt|\.|\S*/(?:python|train\.sh))"
 )
 #: Variables, then a program; in blocks perhaps behind a prompt.
 _COMMAND = re.compile(rf"(?:\$ )?((?:[A-Z_]+=\S+ )*{_PROGRAMS} \S.*|(?:\S*/)?train\.sh .*)", re.S)
