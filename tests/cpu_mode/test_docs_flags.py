@@ -36,7 +36,9 @@ OTHERS = {
     "sbatch, srun, scancel": {
         "--account",
         "--container-image",
+        "--exclusive",
         "--gpus-per-node",
+        "--mem",
         "--nodes",
         "--partition",
         "--requeue",
@@ -46,7 +48,7 @@ OTHERS = {
     "pip": {"--dry-run", "--only-binary"},
     "compute-sanitizer": {"--tool"},
     "mkdocs": {"--strict"},
-    "pytest and git hosts": {"--pdb"},
+    "pytest and git hosts": {"--pdb", "--show-capture"},
 }
 
 
