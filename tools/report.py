@@ -17,6 +17,7 @@ from pathlib import Path
 
 import report_geometry
 import report_page
+from cli import Parser, run
 from report_files import ReportError
 from report_pictures import draw
 from report_runs import load_all, table
@@ -24,9 +25,18 @@ from report_runs import load_all, table
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write page or pictures; a fault is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = _parse(argv)
+    return run(
+        "report.py",
+        lambda: _report(options.runs, options.output, options.geometry),
+        faults=ReportError,
+        output=f"--output {options.output}",
+        interrupted="what is already written is whole; start again for the rest",
     )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("report.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), help="default: %(default)s"
@@ -40,17 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--output {options.output} is neither a page nor a picture; give a name that ends in "
             ".html or .png"
         )
-    try:
-        written = _report(options.runs, options.output, options.geometry)
-    except (ReportError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
-    print(written)
-    return 0
+    return options
 
 
-def _report(paths: Sequence[Path], output: Path, geometry: Path | None) -> str:
-    """What `main` does with good arguments; what to tell of it."""
+def _report(paths: Sequence[Path], output: Path, geometry: Path | None) -> None:
+    """What `main` does with good arguments.
+
+    Raises:
+        ReportError: a run is missing or damaged.
+    """
     recorded = load_all(paths)
     runs = [own.run for own in recorded]
     measured = [
@@ -68,7 +76,7 @@ def _report(paths: Sequence[Path], output: Path, geometry: Path | None) -> str:
     if geometry:
         report_geometry.draw(measured, geometry)
         drawn += f" and {geometry}"
-    return drawn
+    print(drawn)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,26 @@ def metrics_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a mapl_metrics.jsonl, without one that is not whole at its end.
 
     Raises:
-        json.JSONDecodeError: another line is damaged.
+        ReportError: another line is damaged.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
             if number < len(lines):
-                raise
+                raise damaged_line(path, number, error) from None
             break  # a run that goes on, or was killed, may be in the middle of its last line
     return entries
+
+
+def damaged_line(path: Path, number: int, error: Exception) -> ReportError:
+    """What is to be said of a line, counted from 1, that no run has written."""
+    return ReportError(
+        f"{path}, line {number}, is no line of metrics ({error!r}); delete this line, and the step "
+        "is left out"
+    )
 
 
 def event_losses(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

@@ -105,7 +105,7 @@ def draw_time(axes: Any, runs: Sequence[Run]) -> None:
     """One bar a run: the seconds in communication, and the others."""
     for row, run in enumerate(runs):
         assert run.seconds is not None and run.communicating is not None
-        others = max(0.0, run.seconds - run.communicating)
+        others = run.seconds - run.communicating
         for start, width, shade, label in (
             (0.0, run.communicating, COLOURS[1], "in communication"),
             (run.communicating, others, COLOURS[5], "in all else"),

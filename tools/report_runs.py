@@ -9,10 +9,13 @@ from typing import Any
 
 from mapl.files import METRICS_FILE, TRAFFIC_FILE
 from mapl.traffic import KINDS
-from report_files import ReportError, event_losses, metrics_lines
+from report_files import ReportError, damaged_line, event_losses, metrics_lines
 from report_series import Series, read_series
 from text_table import columns
 from training_log import TrainingLog
+
+# What reading raises if a file is not what a run writes.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 # (step, loss)
 Curve = list[tuple[int, float]]
@@ -110,16 +113,16 @@ def load(path: Path) -> Recorded:
     if path.is_file():
         return _load_log(path)
     traffic, metrics = path / TRAFFIC_FILE, path / METRICS_FILE
+    lines = metrics_lines(metrics) if metrics.exists() else []
+    losses = _losses(metrics, lines)
     try:
-        lines = metrics_lines(metrics) if metrics.exists() else []
-        losses = [(int(e["iteration"]), float(e["loss"])) for e in lines if e["loss"] is not None]
-        series = read_series(lines)
         report = json.loads(traffic.read_bytes()) if traffic.exists() else None
         counted = {} if report is None else _counted(report)
         most = None if report is None else float(report["seconds"]["communication"]["max"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ReportError(
-            f"{traffic} or {METRICS_FILE} beside it is no run report: {error!r}"
+            f"{traffic} is no run report ({error!r}); delete it to compare without traffic, or "
+            "train on: a run with --mapl-rank writes it anew when it saves or ends"
         ) from None
     training, validation = event_losses(path)
     if report is None and not lines and not training:
@@ -130,7 +133,24 @@ def load(path: Path) -> Recorded:
         )
     run = Run(path.name or str(path), losses or training, validation, **counted)
     measured = any("geometry" in line for line in lines)
-    return Recorded(run, report["boundaries"] if report else [], most, series, measured)
+    return Recorded(run, report["boundaries"] if report else [], most, read_series(lines), measured)
+
+
+def _losses(path: Path, lines: Sequence[Any]) -> Curve:
+    """The training losses of a mapl_metrics.jsonl, of which each line is looked at by itself.
+
+    Raises:
+        ReportError: a line is not what a run writes.
+    """
+    losses = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line["loss"] is not None:
+                losses.append((int(line["iteration"]), float(line["loss"])))
+            read_series([line, line])  # two, for what lies between lines
+        except _DAMAGED as error:
+            raise damaged_line(path, number, error) from None
+    return losses
 
 
 def load_counted(directory: Path) -> Run:

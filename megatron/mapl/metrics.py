@@ -70,7 +70,6 @@ class _Recorder:
         self._runtime = runtime
         self._losses: list[torch.Tensor] = []
         self._file_begun = False
-        self._start = time.perf_counter()
         self._first_iteration = 0
         self._skipped: dict[int, int] = {}
         # Steps after the first that are in the last line, and their seconds in communication.
@@ -83,9 +82,8 @@ class _Recorder:
         runtime.steps += 1
         runtime.tokens += get_current_global_batch_size() * args.seq_length
         if runtime.steps == 1:  # the first step has the start-up in it
-            self._start, runtime.communication_seconds = now, 0.0
+            runtime.first_step_ended, runtime.communication_seconds = now, 0.0
             self._first_iteration = iteration
-        runtime.training_seconds = now - self._start
         if "lm loss" in loss_dict:
             self._losses.append(loss_dict["lm loss"].detach().float().mean())
         interval = runtime.config.log_interval or args.log_interval
@@ -116,7 +114,10 @@ class _Recorder:
             self._append(line)
 
     def _communication_ms(self, line: dict[str, Any]) -> float | None:
-        """An iteration, mean over processes and over what was timed since the last line."""
+        """An iteration, mean over processes and over what was timed since the last line.
+
+        What evaluations since then have spent in communication is part of it.
+        """
         before, self._timed = (
             self._timed,
             (self._runtime.steps - 1, line["seconds"]["communication"]["mean"]),

@@ -18,7 +18,8 @@ def counted(runtime: MaplRuntime) -> dict[str, Any]:
     return {
         "sent": runtime.ledger.sent,
         "training": runtime.training_seconds,
-        "communication": runtime.communication_seconds,
+        # Before the end of a first step, as in a job that only evaluates, there is neither.
+        "communication": runtime.communication_seconds if runtime.steps else 0.0,
     }
 
 

@@ -43,7 +43,7 @@ class MaplRuntime:
         in_flight: transfers that go on while a stage computes, during a schedule that has them.
         subspace: what holds the model's weights in the span of a fixed projector, if anything does.
         communication_seconds: host time in exchanges and in waiting for them, since the first step.
-        training_seconds: wall-clock time since the first step, evaluations and saves included.
+        first_step_ended: when, on the clock of `time.perf_counter`; None before.
         steps, tokens: of this run.
     """
 
@@ -62,9 +62,19 @@ class MaplRuntime:
     in_flight: "InFlight | None" = None
     subspace: "Subspace | None" = None
     communication_seconds: float = 0.0
-    training_seconds: float = 0.0
+    first_step_ended: float | None = None
     steps: int = 0
     tokens: int = 0
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall-clock time since the first step until now, evaluations and saves included.
+
+        It spans what `communication_seconds` does, whenever both are read.
+        """
+        if self.first_step_ended is None:
+            return 0.0
+        return time.perf_counter() - self.first_step_ended
 
     @property
     def timeout(self) -> timedelta | None:

@@ -20,11 +20,11 @@ PAGES = sorted(
 )
 _PROGRAMS = (
     r"(?:python3?|torchrun|sudo|make|pip|source|sbatch|srun|scancel|scontrol|ip|git|docker|bash"
-    r"|compute-sanitizer|cd|export|apptainer|\S*/(?:python|train\.sh))"
+    r"|compute-sanitizer|cd|export|apptainer|apt-get|apt|\.|\S*/(?:python|train\.sh))"
 )
 #: Variables, then a program; in blocks perhaps behind a prompt.
 _COMMAND = re.compile(rf"(?:\$ )?((?:[A-Z_]+=\S+ )*{_PROGRAMS} \S.*|(?:\S*/)?train\.sh .*)", re.S)
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def flags() -> dict[str, set[str]]:
     for path in PAGES:
         text = path.read_text()
         code = [*blocks(text), *re.findall(r"`([^`]+)`", prose(text))]
-        for flag in _FLAG.findall("\n".join(code)):
+        for flag in FLAG.findall("\n".join(code)):
             named.setdefault(flag, set()).add(str(path.relative_to(ROOT)))
     return named
 
@@ -119,7 +119,7 @@ def other_lines_with_flags() -> list[str]:
         for block in blocks(path.read_text()):
             taken = {line for line in _statements(block) if _COMMAND.fullmatch(line)}
             for line in _statements(block):
-                if line in taken or line.lstrip().startswith("--") or not _FLAG.search(line):
+                if line in taken or line.lstrip().startswith("--") or not FLAG.search(line):
                     continue
                 strange.append(f"{path.name}: {line.strip()}")
     return strange

@@ -134,3 +134,43 @@ def test_command_line_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "r32" in printed and "r16" in printed and str(out) in printed
     assert out.stat().st_size > 10_000
+
+
+def test_command_line_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_report(tmp_path / "plain", losses=[5.0, 4.0, 3.0])
+    second = write_report(tmp_path / "mine", boundaries=1, losses=[5.0, 4.5, 4.0])
+    out = tmp_path / "report.html"
+    assert report.main([str(first), str(second), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "plain" in printed and f"written in {out}" in printed
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def test_flags_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path), "--out", "report.html"])
+    error = capsys.readouterr().err
+    assert error == "report.py: error: unrecognized arguments: --out report.html\n"
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_report(tmp_path / "run", losses=[5.0])
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "report.html"
+    assert report.main([str(run), "--output", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"report.py: error: {tmp_path / 'file'}") and error.count("\n") == 1
+    assert "check the path" in error
+
+
+def test_ctrl_c_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "load_all", interrupt)
+    assert report.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("report.py: interrupted; ")

@@ -92,7 +92,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert [own.run.name for own in report_runs.load_all(paths[:1])] == ["report"]
 
 
-@pytest.mark.parametrize("case", ["twice", "no log", "damaged", "absent", "no bytes"])
+@pytest.mark.parametrize("case", ["twice", "no log", "damaged", "no JSON", "absent", "no bytes"])
 def test_bad_input_is_one_line_and_nothing_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
@@ -104,14 +104,19 @@ def test_bad_input_is_one_line_and_nothing_written(
         runs, message = [log_file(tmp_path / "x", "text")], "no line of Megatron's log with a loss"
     elif case == "damaged":
         line = {"iteration": 1, "loss": 5.0, "boundaries": [{"energy_kept": 0.5}]}
-        (run / METRICS_FILE).write_text(json.dumps(line) + "\n")
-        message = f"{METRICS_FILE} beside it is no run report: KeyError"
+        with (run / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        message = f"{run / METRICS_FILE}, line 2, is no line of metrics (KeyError"
+    elif case == "no JSON":
+        whole = (run / METRICS_FILE).read_text()
+        (run / METRICS_FILE).write_text(f"{whole}x{whole}{whole}")
+        message = f"{run / METRICS_FILE}, line 2, is no line of metrics (JSONDecodeError"
     elif case == "absent":
         runs, message = [tmp_path / "nowhere"], "does not exist, nor events of TensorBoard"
     else:
         nothing: dict[str, Any] = {"boundaries": [], "seconds": {}}
         (run / TRAFFIC_FILE).write_text(json.dumps(nothing))
-        message = "no byte crossed a boundary"
+        message = f"{run / TRAFFIC_FILE} is no run report (ValueError('no byte crossed a boundary"
     out = tmp_path / "out"
     assert report.main([*map(str, runs), "--output", str(out / "page.html")]) == 2
     error = capsys.readouterr().err
