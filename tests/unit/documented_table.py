@@ -61,7 +61,9 @@ TABLE = {
         f"{_LAUNCHER}::test_a_laptop_gets_a_process_for_each_stage"
     ),
     "NNODES=4 NODE_RANK=0 MASTER_ADDR=node-0 …": f"{_LAUNCHER}::test_one_node_of_many",
-    "DATA=data/corpus NPROC_PER_NODE=4 examples/llama/train.sh …": f"{_LAUNCHER}::test_processes_may_share_a_gpu",
+    "DATA=data/corpus NPROC_PER_NODE=4 examples/llama/train.sh …": (
+        f"{_LAUNCHER}::test_processes_may_share_a_gpu"
+    ),
     "SAVE=checkpoints/150m-plain DATA=data/corpus PLAIN=1 …": (
         f"{_LAUNCHER}::test_plain_megatron_is_the_recipe_without_boundaries"
     ),
