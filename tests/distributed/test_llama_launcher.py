@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,13 @@ def train(
     return subprocess.Popen(
         [str(LLAMA / "train.sh"), *words], cwd=folder, env=environment(**given), text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=_as_from_a_terminal,
     )  # fmt: skip
+
+
+def _as_from_a_terminal() -> None:
+    """Ends what a background job of a shell hands down: an interrupt that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ends(process: subprocess.Popen[str], code: int = 0) -> str:
