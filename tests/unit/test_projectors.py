@@ -185,9 +185,7 @@ def test_both_sides_restart_from_what_one_proposes(cls, dtype):
         side.restart()
     assert torch.equal(sender.A, receiver.A)
     assert orthonormality_error(sender.A) < 1e-6
-    # Eight iterations of matrix products in fp32; how they round depends on the processor.
-    eps = 32 * torch.finfo(torch.float32).eps
-    rounding = eps if dtype is torch.float32 else 4e-3
+    rounding = 1e-6 if dtype is torch.float32 else 4e-3
     assert (sender.A - chosen).abs().max() < rounding
     assert torch.equal(sender.operands.get("encode", sender.A, None, torch.float32), sender.A)
     started = sender.A.clone()
@@ -199,7 +197,8 @@ def test_both_sides_restart_from_what_one_proposes(cls, dtype):
         assert not side.grad.any() and not side.momentum.any()
         assert side.step(0.1) and side.skipped_steps == 0 and not side.momentum.any()
     assert torch.equal(sender.A, receiver.A)
-    assert (sender.A - started).abs().max() < eps
+    # Eight iterations of products in fp32, which processors round differently: 1.28e-6 was seen.
+    assert (sender.A - started).abs().max() < 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("cls", LEARNING)
