@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
     [
         ("headline", 20, (0.02, 0.01)),
         ("search", 20, (0.02, 0.01)),
+        ("short", 10, (0.02, 0.01)),
         ("adam", 3, (0.001, None)),
         ("geometry", 3, (0.02, 0.01)),
     ],
