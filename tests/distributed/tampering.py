@@ -243,6 +243,24 @@ def count_posted_receives(record: dict[str, Any]) -> None:
     InFlight.receive = noting_receive  # type: ignore[method-assign]
 
 
+def count_reduced_bytes(record: dict[str, Any]) -> None:
+    """No fault: counts the bytes that replicas reduce."""
+    from megatron.core import parallel_state
+
+    record["reduced"] = 0
+    all_reduce = torch.distributed.all_reduce
+
+    def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if group is not None and group is parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        ):
+            record["reduced"] += tensor.nbytes
+        return all_reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counting_all_reduce
+
+
 def record_wandb(record: dict[str, Any]) -> None:
     """No fault: a stand-in for the package `wandb` that notes (step, figures)."""
     noted = record["wandb"] = []

@@ -158,3 +158,30 @@ def test_uncompressed_stages_through_the_payloads(cluster: Cluster) -> None:
     assert int8.losses != plain.losses
     assert int8.traffic["total"]["ratio"] == pytest.approx(4 / (1 + 2 / 64), rel=0.05)
     assert torch.tensor(int8.losses).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("anchor", "rows"),
+    [("factorized", 256), ("bigram --mapl-anchor-buckets 512", 256 + 512)],
+    ids=["factorized", "bigram"],
+)
+def test_replicas_reduce_the_gradients_of_the_anchors(
+    cluster: Cluster, anchor: str, rows: int
+) -> None:
+    """4 V r_a bytes a step and stage, with bigrams 4 (V + m) r_a: docs/choosing.md."""
+    layout, rank, steps = LAYOUTS["pp2-dp2"], 16, 4
+    reduced = [
+        [
+            record["reduced"]
+            for record in cluster.run(
+                4, layout.command(MAPL, anchors), tamper="count_reduced_bytes"
+            ).records
+        ]
+        for anchors in (
+            "--mapl-anchor none",
+            f"--mapl-anchor {anchor} --mapl-anchor-rank {rank}",
+        )
+    ]
+    assert min(reduced[0]) > 0
+    for without, with_anchors in zip(*reduced, strict=True):
+        assert with_anchors - without == steps * 4 * rows * rank

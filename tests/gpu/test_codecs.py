@@ -80,7 +80,12 @@ def test_what_the_cpu_encodes_the_gpu_decodes_alike(name, role, dtype, width):
         out = torch.full_like(rows, 7.0, device=device)
         receiver.decode([body.to(device)], out, 3)
         outs.append(out)
-    assert same(*outs)
+    if name == "lowrank":  # a product, whose sums devices round each in its own way
+        assert same(*(out.isnan() for out in outs))
+        on_cpu, on_gpu = (out.cpu().nan_to_num().double() for out in outs)
+        assert (on_cpu - on_gpu).norm() < 2 * torch.finfo(dtype).eps * on_cpu.norm()
+    else:
+        assert same(*outs)
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name not in ("rvq", "lowrank")])

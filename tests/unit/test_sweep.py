@@ -18,6 +18,7 @@ import sweep_job
 import sweep_list
 from sweep_job import Job, RunFolder
 from sweep_list import SweepError, flag_value
+from sweep_figures import within_reach
 from sweep_results import Row, front, means
 from sweep_runner import devices, take_next
 from sweep_tables import page
@@ -177,6 +178,21 @@ def test_runs_once_and_tells_what_it_came_to(tmp_path: Path) -> None:
     assert call(tmp_path) == 0
     assert (tmp_path / "out" / "r16" / "log.txt").read_text() == before
     assert rows(tmp_path) == found
+
+
+def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
+    def row(gap: float | None) -> Row:
+        return Row(f"{gap}", 1, f"{gap}", "", False, "finished", 100, gap=gap)
+
+    ordinary = [row(gap) for gap in (0.0, 0.5, 1.0, 2.0, 3.0, 8.2)]
+    assert within_reach(ordinary) == ordinary
+    *others, hopeless = within_reach([*ordinary[:5], row(43.4)])
+    assert others == ordinary[:5]
+    assert hopeless.gap == 3 * 2.75 and hopeless.label == "43.4: +43% ↑"
+    few = [row(0.0), row(40.0), row(None)]
+    assert within_reach(few) == few
+    all_better = [row(gap) for gap in (-3.0, -2.0, -1.5, -1.0)]
+    assert within_reach(all_better) == all_better
 
 
 def test_seeds_and_only(tmp_path: Path) -> None:
