@@ -16,9 +16,9 @@ import pytest
 import sweep
 import sweep_job
 import sweep_list
+from sweep_figures import within_reach
 from sweep_job import Job, RunFolder
 from sweep_list import SweepError, flag_value
-from sweep_figures import within_reach
 from sweep_results import Row, front, means
 from sweep_runner import devices, take_next
 from sweep_tables import page
