@@ -141,7 +141,7 @@ def _said_gaps(plan: Plan) -> str:
     text = (
         f"Gaps are those of {gaps.path.name}: {gaps.tokens / 1e6:,.1f} M tokens, d = "
         f"{gaps.hidden_size}, {gaps.stages} stages, taken to be the same at the same r/d. Yours "
-        "will differ; those of short trainings are larger."
+        "will differ, and change with the length of a training."
     )
     if gaps.shorter:
         text += f" {gaps.shorter} rows of shorter trainings are left out."

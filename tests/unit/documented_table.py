@@ -43,7 +43,7 @@ TABLE = {
     # Data
     "python tools/prepare_data.py --input corpus/*.jsonl …": _DATA,
     "python tools/prepare_data.py --input english/*.jsonl.xz …": _DATA,
-    "python tools/prepare_data.py --input code/*.jsonl.xz …": _DATA,
+    "python tools/prepare_data.py --input code …": _DATA,
     "python tools/prepare_data.py --input CORPUS …": _DATA,
     "python tools/prepare_data.py --source stdlib …": f"{_DATA}::test_stdlib_source",
     # Training
@@ -98,7 +98,11 @@ TABLE = {
     'python tools/demo.py --mapl-flags …FLAGS --eval-iters 16 --seed SEED"': HOURS,
     # Results
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/english": _SWEEP_RUNS,
-    "python tools/sweep.py tools/sweeps/headline.toml … --data data/source": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/headline.toml … --data data/source --only …": (
+        f"{_SWEEP}::test_seeds_and_only"
+    ),
+    "python tools/sweep.py tools/sweeps/adam.toml …": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/short.toml …": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/headline.toml … --workers 8 --seconds 3300": (
         f"{_SWEEP}::test_seconds_stop_and_the_next_call_goes_on"
     ),
