@@ -101,8 +101,14 @@ TABLE = {
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/source --only …": (
         f"{_SWEEP}::test_seeds_and_only"
     ),
-    "python tools/sweep.py tools/sweeps/adam.toml …": _SWEEP_RUNS,
-    "python tools/sweep.py tools/sweeps/short.toml …": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/adam.toml … --data data/source": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/short.toml … --data data/english": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/… --report-only": (
+        "tests/unit/test_docs_results.py::test_tables_are_made_again_from_what_is_kept"
+    ),
+    "python tools/report.py docs/results/geometry/learned/report …": (
+        "tests/unit/test_docs_results.py::test_the_picture_of_the_geometry_is_made_again"
+    ),
     "python tools/sweep.py tools/sweeps/headline.toml … --workers 8 --seconds 3300": (
         f"{_SWEEP}::test_seconds_stop_and_the_next_call_goes_on"
     ),
