@@ -33,9 +33,9 @@ flags = "--mapl-rank 16 --mapl-virtual-stages 4 --mapl-forward-codec int8"
 """
 
 
-def start(folder: Path, output: str) -> subprocess.Popen[str]:
+def start(folder: Path, output: str, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), "list.toml"]
-    command += ["--output", output, "--workers", "2"]
+    command += ["--output", output, *more]
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -64,23 +64,23 @@ def result(folder: Path, name: str) -> dict[str, Any]:
 
 def test_a_stopped_sweep_comes_to_the_same(tmp_path: Path) -> None:
     (tmp_path / "list.toml").write_text(LIST)
-    finish(start(tmp_path, "straight"), 0)
-    for name in ("uncompressed", "int8"):
-        folder = tmp_path / "stopped" / name
-        stop_in(start(tmp_path, "stopped"), folder / "log.txt")
-        log = (folder / "log.txt").read_text()
-        assert "exiting program after receiving SIGTERM" in log
-        assert "iteration       20/" not in log
-        assert len(list((folder / "checkpoint").glob("iter_*"))) == 1
-    finish(start(tmp_path, "stopped"), 0)
-    for name in ("uncompressed", "int8"):
-        straight, stopped = (result(tmp_path / way, name) for way in ("straight", "stopped"))
-        for what in ("validation", "traffic"):
-            assert stopped[what] == straight[what]
-        losses = [[loss for _, loss in run["losses"]] for run in (straight, stopped)]
-        assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # what is logged is rounded
-        assert [step for step, _ in straight["losses"]] == list(range(1, 21))
-    traffic = result(tmp_path / "straight", "int8")["traffic"]
+    finish(start(tmp_path, "straight", "--only", "int8"), 0)
+    folder = tmp_path / "stopped" / "int8"
+    stop_in(start(tmp_path, "stopped", "--workers", "2"), folder / "log.txt")
+    log = (folder / "log.txt").read_text()
+    assert "exiting program after receiving SIGTERM" in log
+    assert "iteration       20/" not in log
+    assert len(list((folder / "checkpoint").glob("iter_*"))) == 1
+    finish(start(tmp_path, "stopped", "--workers", "2"), 0)
+    straight, stopped = (result(tmp_path / way, "int8") for way in ("straight", "stopped"))
+    for what in ("validation", "traffic"):
+        assert stopped[what] == straight[what]
+    losses = [[loss for _, loss in run["losses"]] for run in (straight, stopped)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # what is logged is rounded
+    assert [step for step, _ in straight["losses"]] == list(range(1, 21))
+    uncompressed = result(tmp_path / "stopped", "uncompressed")
+    assert [step for step, _ in uncompressed["losses"]] == list(range(1, 21))
+    traffic = straight["traffic"]
     assert (traffic["tokens"], traffic["uncompressed"]) == (20 * 8 * 32, 64 * 2)
     # 16 numbers of a byte and a scale of 2 bytes for each; an id of a byte, and headers
     assert 16 + 2 + 1 < traffic["forward"] < 16 + 2 + 2

@@ -109,7 +109,7 @@ def test_the_batch_changes_no_bit_and_a_damaged_gradient_touches_its_own_project
 
 
 def test_adversarial_gradients(device):
-    d, r, lr, steps = 32, 8, 0.05, 50 if device.type == "cuda" else 2
+    d, r, lr, steps = 32, 8, 0.05, 50 if device.type == "cuda" else 1
     kinds = ["zero", "rank one", "one entry", "huge", "tiny", "normal to the manifold"]
     start = random_stiefel(d, r, seeded(0))
     a = [start.clone().to(device) for _ in kinds]
