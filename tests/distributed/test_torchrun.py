@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cluster import Cluster
 from layouts import LAYOUTS
 
