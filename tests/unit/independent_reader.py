@@ -102,24 +102,55 @@ def scaled(body: bytes, n: int, w: int, kind: str, group: int) -> np.ndarray:
     return codes.reshape(n, w) * np.repeat(scales, min(group, w), 1)[:, :w]
 
 
+def groups_scaled(rows: np.ndarray, kind: str, group: int) -> tuple[bytes, np.ndarray]:
+    """The scales of rows [n, w] fp32, as they are sent, and the rows over their scales."""
+    n, w = rows.shape
+    g = min(group, w)
+    largest = np.pad(np.abs(rows), ((0, 0), (0, -w % g))).reshape(n, -1, g).max(2)
+    scales = np.maximum(largest * np.float32(1 / LARGEST[kind]), np.float32(2.0**-126))
+    upper = (scales.view(np.uint32) + 0xFFFF >> 16).astype("<u2").tobytes()
+    return upper, rows / np.repeat(numbers(upper, "bf16").reshape(n, -1), g, 1)[:, :w]
+
+
 def encode_integers(
     rows: np.ndarray, kind: str, group: int, chances: np.ndarray | None = None
 ) -> bytes:
     """The body of int8 and int4 for rows [n, w] fp32; `chances` [n, w] round gradients."""
-    n, w = rows.shape
-    g = min(group, w)
-    padded = np.pad(np.abs(rows), ((0, 0), (0, -w % g))).reshape(n, -1, g).max(2)
-    scales = np.maximum(padded * np.float32(1 / LARGEST[kind]), np.float32(2.0**-126))
-    upper = (scales.view(np.uint32) + 0xFFFF >> 16).astype("<u2")
-    ratio = rows / np.repeat(numbers(upper.tobytes(), "bf16").reshape(n, -1), g, 1)[:, :w]
+    upper, ratio = groups_scaled(rows, kind, group)
     if chances is None:
         codes = np.rint(ratio)
     else:
         codes = np.floor(ratio) + (chances < ratio - np.floor(ratio))
     if kind == "int8":
-        return upper.tobytes() + codes.astype(np.int8).tobytes()
+        return upper + codes.astype(np.int8).tobytes()
     nibbles = np.append(codes.ravel() + 8, [0] * (codes.size % 2)).astype(np.uint8)
-    return upper.tobytes() + (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+    return upper + (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+
+
+def encode_eight_bit_floats(rows: np.ndarray, kind: str, group: int) -> bytes:
+    """The body of fp8 for rows [n, w] fp32: the nearest code, of two the even one."""
+    upper, ratio = groups_scaled(rows, kind, group)
+    values = eight_bit_floats(bytes(range(128)), kind)
+    values = values[np.isfinite(values)].astype(np.float64)  # which ascend with their codes
+    magnitude = np.minimum(np.abs(ratio), LARGEST[kind]).astype(np.float64)
+    above = np.searchsorted(values, magnitude)
+    below = np.maximum(above - 1, 0)
+    up, down = values[above] - magnitude, magnitude - values[below]
+    codes = np.where((up < down) | (up == down) & (above % 2 == 0), above, below)
+    return upper + (codes + 128 * np.signbit(ratio)).astype(np.uint8).tobytes()
+
+
+def encode_topk(rows: np.ndarray, k: int) -> bytes:
+    """The body of topk for rows [n, w] fp32."""
+    columns = np.sort(np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :k], axis=1)
+    values = np.take_along_axis(rows, columns, 1)
+    return values.astype("<f4").tobytes() + columns.astype("<u2").tobytes()
+
+
+def encode_lowrank(p: np.ndarray, q: np.ndarray) -> bytes:
+    """The body of lowrank, in fp32, for the gradient P Qᵀ: P [n, q], Q [w, q]."""
+    c = np.float32(2.0 ** math.ceil(math.log2(len(p)) / 2))
+    return (c * p).astype("<f4").tobytes() + (q / c).astype("<f4").tobytes()
 
 
 def topk(body: bytes, n: int, w: int, k: int, dtype: str) -> np.ndarray:
@@ -222,6 +253,24 @@ class Codebooks:
             codes = due[rank * self.entries : (rank + 1) * self.entries]
             self.table[:, :, codes] = numbers(body[:size], self.dtype).reshape(shape)
         return np.concatenate([self._rows(body[size:], n // len(bodies)) for body in bodies])
+
+    def encode(self, rows: np.ndarray, number: int, entries: np.ndarray) -> bytes:
+        """The body, in fp32, for rows [n, w]; the entries [G, R, e, v] that are due are given."""
+        n, (groups, rounds, count, v) = len(rows), self.table.shape
+        self.table[:, :, self.due(number)] = entries
+        root = np.sqrt((rows.astype(np.float64) ** 2).mean(1)).astype(np.float32)
+        bits = root.view(np.uint32)
+        scales = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
+        sent = numbers(scales.tobytes(), "bf16")[:, None]
+        left = (rows / np.where(sent > 0, sent, 1)).reshape(n, groups, v)
+        codes = np.empty((n, groups, rounds), int)
+        for number in range(rounds):
+            distance = ((left[:, :, None] - self.table[None, :, number]) ** 2).sum(3)
+            codes[:, :, number] = distance.argmin(2)
+            left = left - self.table[np.arange(groups)[None], number, codes[:, :, number]]
+        digits = codes[..., None] >> np.arange(count.bit_length() - 1) & 1
+        packed = np.packbits(digits.astype(np.uint8).ravel(), bitorder="little")
+        return entries.astype("<f4").tobytes() + scales.tobytes() + packed.tobytes()
 
     def _rows(self, data: bytes, n: int) -> np.ndarray:
         scales = numbers(data[: 2 * n], "bf16")

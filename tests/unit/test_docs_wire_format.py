@@ -110,7 +110,7 @@ def test_a_reader_made_from_the_page(name: str, role: Role, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("name", ["pipeline", "int8", "int4"])
+@pytest.mark.parametrize("name", ["pipeline", "fp8", "int8", "int4", "topk"])
 def test_a_writer_made_from_the_page_sends_the_same_bytes(name: str, role: Role) -> None:
     sender = channel(name, role, torch.float32)
     seed = page.seed(1234, "codec FORWARD" if role is Role.ACTIVATION else "codec BACKWARD", 3)
@@ -119,6 +119,11 @@ def test_a_writer_made_from_the_page_sends_the_same_bytes(name: str, role: Role)
         array = rows.view(ROWS, WIDTH).numpy()
         if name == "pipeline":
             body = array.astype("<f4").tobytes()
+        elif name == "topk":
+            body = page.encode_topk(array, 3)
+        elif name == "fp8":
+            kind = {Role.ACTIVATION: "e4m3", Role.GRADIENT: "e5m2"}[role]
+            body = page.encode_eight_bit_floats(array, kind, 8)
         else:
             chances = None
             if role is Role.GRADIENT:
@@ -128,6 +133,42 @@ def test_a_writer_made_from_the_page_sends_the_same_bytes(name: str, role: Role)
         direction = 0 if role is Role.ACTIVATION else 1
         written = page.write(page.Payload(3, direction, number, carried, body), VOCABULARY)
         assert written == sender.pack(rows, ids, Ledger(), 0).numpy().tobytes()
+
+
+def received(receiver: Channel, body: bytes, number: int, ids: list[int]) -> np.ndarray:
+    """What our receiver makes of a payload that was written by the page."""
+    written = page.write(page.Payload(3, 0 if ids else 1, number, ids, body), VOCABULARY)
+    out = torch.empty(SEQUENCE, BATCH, WIDTH)
+    receiver.unpack([torch.frombuffer(bytearray(written), dtype=torch.uint8)], out, PayloadGuard())
+    return out.view(ROWS, WIDTH).numpy()
+
+
+def test_a_writer_of_low_rank_may_factorise_as_it_likes() -> None:
+    receiver = channel("lowrank", Role.GRADIENT, torch.float32, sends=False)
+    drawn = np.random.default_rng(0)
+    for number in range(2):
+        p, q = np.linalg.qr(drawn.normal(size=(ROWS, 2)))[0], drawn.normal(size=(WIDTH, 2))
+        out = received(receiver, page.encode_lowrank(p, q), number, [])
+        np.testing.assert_allclose(out, p @ q.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["round-robin", "random"])
+def test_a_writer_of_codebooks_may_learn_as_it_likes(order: str) -> None:
+    settings = replace(SETTINGS, rvq_order=order)
+    receiver = channel("rvq", Role.ACTIVATION, torch.float32, sends=False, settings=settings)
+    seed = page.seed(1234, "codec FORWARD", 3)
+    writer, reader = (
+        page.Codebooks(4, 3, 8, 3, 1, order == "random", seed, WIDTH, "fp32") for _ in range(2)
+    )
+    drawn = np.random.default_rng(0)
+    for number in range(4):
+        rows = activations(torch.float32, number)[0].view(ROWS, WIDTH).numpy()
+        body = writer.encode(rows, number, drawn.normal(size=(4, 3, 3, 5)).astype(np.float32) / 2)
+        out = received(receiver, body, number, list(range(ROWS)))
+        assert np.array_equal(out, reader.decode([body], ROWS, number))
+        assert np.array_equal(receiver.codec.codebook.numpy(), writer.table)
+        assert ((out - rows) ** 2).sum() < 0.8 * (rows**2).sum()
+        receiver.codec.update(None)
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2", "int8", "int4"])
