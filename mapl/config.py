@@ -56,7 +56,7 @@ class MaplConfig:
     projector_lr_mult: float = 0.1
     """The projector's learning rate as a multiple of Megatron's."""
 
-    projector_exchange: Literal["fp32", "bf16"] = "fp32"
+    projector_exchange: Literal["fp32", "bf16"] = "bf16"
     """The dtype in which the two sides of a boundary exchange the projector's gradient, once a
     step."""
 
@@ -163,7 +163,7 @@ class MaplConfig:
             )
         self._check_projector_start()
         has_exchange = self.projector not in _NOT_LEARNED or self.projector_start_step is not None
-        if not has_exchange and self.projector_exchange != "fp32":
+        if not has_exchange and self.projector_exchange != "bf16":
             raise ValueError(
                 f"--mapl-projector-exchange {self.projector_exchange} has no effect with "
                 f"--mapl-projector {self.projector}, which has no gradient; leave it out"

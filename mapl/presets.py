@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: arXiv 2606.05484: bf16 latents both ways, factorised anchors of the projector's rank.
+#: arXiv 2606.05484: bf16 latents both ways, factorised anchors of the projector's rank. What it
+#: exchanges the projector's gradient in it does not say: not less than was computed.
 _PAPER = {
     "anchor": "factorized",
     "projector": "learned",
@@ -20,7 +21,8 @@ class PresetConfig:
 
     preset: Literal["paper"] | None = None
     """paper: as in arXiv 2606.05484, --mapl-anchor factorized with --mapl-anchor-rank equal to
-    --mapl-rank, latents and gradients in the model's dtype. Flags that are given come first.
+    --mapl-rank, latents and gradients in the model's dtype, the projector's gradient in fp32. Flags
+    that are given come first.
     Default: the default of each flag (docs/search.md has what they come from)."""
 
 
@@ -37,6 +39,8 @@ def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return dict(given)
     settings = {**_PAPER, **given}
+    if settings["projector"] in ("learned", "unconstrained"):
+        settings.setdefault("projector_exchange", "fp32")
     if settings["anchor"] in ("factorized", "bigram") and "anchor_rank" not in given:
         ranks = {*given["rank"]} - {0}
         if len(ranks) > 1:

@@ -45,7 +45,7 @@ TRAINING = (
     "--log-interval 1 --eval-iters 8"
 )
 # 8×: 12 bits a latent for both legs, and scales, token ids, headers and the projector's exchange.
-MAPL = "--mapl-rank 60"
+MAPL = "--mapl-rank 66"
 
 
 class DemoError(RuntimeError):

@@ -93,7 +93,8 @@ def settings(hidden: int) -> list[Setting]:
     """All settings for a model of width d; the first is what the others are compared with."""
     direct = f"--mapl-rank {hidden} --mapl-projector none --mapl-anchor none"
     through = f"{direct} {_codec('pipeline')}"
-    projected = {part: f"--mapl-anchor factorized --mapl-rank {hidden // part}" for part in (4, 8)}
+    factorized = "--mapl-anchor factorized --mapl-projector-exchange fp32"
+    projected = {part: f"{factorized} --mapl-rank {hidden // part}" for part in (4, 8)}
     quarter, eighth = (f"{flags} {_codec('pipeline')}" for flags in projected.values())
     return [
         Setting(UNCOMPRESSED, "", 1, quick=True, curve=True, emulate=True),

@@ -51,24 +51,24 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
 def within_reach(rows: Sequence[Row]) -> list[Row]:
     """The rows as drawn: one that would flatten the rest is brought down, and says its gap.
 
-    That is a gap above three times the upper quartile of all gaps.
+    That is a gap above 5% and three times the upper quartile of all gaps.
     """
     gaps = [row.gap for row in rows if row.gap is not None]
-    if len(gaps) < 4:
+    if len(gaps) < 2:
         return list(rows)
-    ceiling = 3 * quantiles(gaps, method="inclusive")[2]
-    if ceiling <= 0:
-        return list(rows)
+    ceiling = max(5.0, 3 * quantiles(gaps, method="inclusive")[2])
     return [
-        row
-        if row.gap is None or row.gap <= ceiling
-        else dataclasses.replace(row, gap=ceiling, label=f"{row.label}: {row.gap:+.0f}% ↑")
+        dataclasses.replace(
+            row, gap=ceiling, gap_spread=None, label=f"{row.label}: {row.gap:+.0f}% ↑"
+        )
+        if row.gap is not None and row.gap > ceiling
+        else row
         for row in rows
     ]
 
 
 def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
-    on_front = {row.setting for row in front(rows)}
+    best = front(rows)
     rows = within_reach(rows)
     for group, (colour, marker) in _looks(rows).items():
         own = [row for row in rows if _group(row) == group]
@@ -78,9 +78,8 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
             markeredgecolor="white", elinewidth=1.5, label=group,
         )  # fmt: skip
     # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
-    best = sorted(
-        (row for row in rows if row.setting in on_front), key=lambda row: row.ratio or 0.0
-    )
+    drawn = {row.setting: row for row in rows}
+    best = [drawn[row.setting] for row in best]
     axes.plot(
         [row.ratio for row in best], [row.gap for row in best], drawstyle="steps-pre",
         color="grey", linewidth=1.2, zorder=1, label="front",

@@ -61,7 +61,7 @@ class Job:
     replicas: int = 1
     forward_codec: str = _DEFAULTS.forward_codec[0]
     backward_codec: str = _DEFAULTS.backward_codec[0]
-    projector_exchange: str = "fp32"
+    projector_exchange: str = _DEFAULTS.projector_exchange
     token_ids: bool = True
     exchanges: bool = True
     codecs: CodecSettings = field(default_factory=CodecSettings)
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model")
     for direction, codec in (("forward", Job.forward_codec), ("backward", Job.backward_codec)):
         parser.add_argument(f"--{direction}-codec", choices=CODECS, default=codec)
-    parser.add_argument("--projector-exchange", choices=_EXCHANGE, default="fp32")
+    parser.add_argument("--projector-exchange", choices=_EXCHANGE, default=Job.projector_exchange)
     numbers: dict[str, Callable[[str], Any]] = {
         "codec-group-size": int,
         "topk": int,

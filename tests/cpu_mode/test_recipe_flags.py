@@ -115,7 +115,8 @@ def ratio(
         f"--hidden-size {args.hidden_size} --rank {config.rank[0]} --vocab-size {args.vocab_size} "
         f"--micro-batch-tokens {tokens} --step-tokens {args.global_batch_size * args.seq_length} "
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} "
-        f"--forward-codec {forward} --backward-codec {backward}"
+        f"--forward-codec {forward} --backward-codec {backward} "
+        f"--projector-exchange {config.projector_exchange}"
     ).split()
     if args.sequence_parallel:
         budget.append("--sequence-parallel")

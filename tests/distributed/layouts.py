@@ -2,6 +2,7 @@
 """The parallel layouts that boundaries must work in, as arguments of pretrain_gpt.py."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 HIDDEN = 64
 
@@ -21,6 +22,7 @@ PLAIN_BOUNDARIES = {
     "--mapl-anchor": "factorized",
     "--mapl-forward-codec": "pipeline",
     "--mapl-backward-codec": "pipeline",
+    "--mapl-projector-exchange": "fp32",
 }
 
 
@@ -29,6 +31,9 @@ def with_plain_boundaries(command: list[str]) -> list[str]:
     missing = [flag for flag in PLAIN_BOUNDARIES if flag not in command]
     if "--mapl-rank" not in command:
         return command
+    projectors = [b for a, b in pairwise(command) if a == "--mapl-projector"]
+    if projectors and projectors[-1] not in ("learned", "unconstrained"):
+        missing = [flag for flag in missing if flag != "--mapl-projector-exchange"]
     plain = [word for flag in missing for word in (flag, PLAIN_BOUNDARIES[flag])]
     return [*plain, *command]  # so that a test may add to the end
 

@@ -161,7 +161,9 @@ def test_fixed_stays_where_it_started(cluster: Cluster) -> None:
     [
         ("pp2-dp2-distributed-optimizer", "", 1),
         ("pp2-dp2-distributed-optimizer", "", 3),
+        ("pp2-vpp2-overlapped", "--mapl-projector fixed", 1),
         ("pp2-vpp2-overlapped", "--mapl-projector fixed", 2),
+        ("pp2-vpp2-overlapped", "--mapl-projector fixed", 3),
         ("pp4", "", 1),
         ("pp4", "", 2),
         ("pp4", "", 3),

@@ -16,7 +16,7 @@ LOSS = re.compile(r"lm loss(?: value)?: (\S+)")
 
 def test_torchrun_starts_the_same_job(cluster: Cluster, tmp_path: Path) -> None:
     """Processes of their own, which share neither hash seeds nor memory with each other."""
-    layout = LAYOUTS["pp2"]
+    layout = LAYOUTS["tp2-pp2"]
     save = "--save-interval 2 --ckpt-format torch_dist --async-save"
     arguments = layout.command("--mapl-rank 16 --mapl-forward-codec int8", save, "--save saved")
     forked = cluster.run(layout.world_size, arguments, tamper="whole_mock_data")

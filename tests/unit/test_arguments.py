@@ -101,6 +101,7 @@ READ = {
         "mapl_anchor_rank": None,
         "mapl_projector": "learned",
         "mapl_projector_lr_mult": 0.1,
+        "mapl_projector_exchange": "bf16",
         "mapl_checkpoint": "match",
         "mapl_report_dir": None,
         "mapl_log_interval": None,
@@ -118,6 +119,7 @@ READ = {
         "mapl_anchor_rank": 8,
         "mapl_forward_codec": ["pipeline"],
         "mapl_backward_codec": ["pipeline"],
+        "mapl_projector_exchange": "fp32",
     },
     "--mapl-rank 8 --mapl-preset paper --mapl-anchor none --mapl-backward-codec int8": {
         "mapl_anchor": "none",
@@ -127,12 +129,12 @@ READ = {
     },
     "--mapl-rank 8 16 --mapl-preset paper --mapl-anchor-rank 4": {"mapl_anchor_rank": 4},
     "--mapl-rank 8 --mapl-forward-codec rvq --mapl-backward-codec int4 --mapl-rvq-codes 16 "
-    "--mapl-no-tensor-parallel-split --mapl-projector-exchange bf16": {
+    "--mapl-no-tensor-parallel-split --mapl-projector-exchange fp32": {
         "mapl_forward_codec": ["rvq"],
         "mapl_backward_codec": ["int4"],
         "mapl_rvq_codes": 16,
         "mapl_tensor_parallel_split": False,
-        "mapl_projector_exchange": "bf16",
+        "mapl_projector_exchange": "fp32",
     },
     "--mapl-rank 8 0 16 --mapl-anchor-rank 4 --mapl-projector-lr-mult 0.5 --mapl-report-dir out": {
         "mapl_rank": [8, 0, 16],

@@ -41,8 +41,8 @@ FROZEN: dict[str, Any] = {"forward_codec": ["rvq"], "rvq_sync": "frozen"}
         ({"rank": [8], "receive_ahead": -1}, r"--mapl-receive-ahead -1 must be"),
         ({"rank": [8], "projector": "none"}, r"--mapl-projector none .*give --mapl-anchor none"),
         (
-            {"rank": [8], "projector": "fixed", "projector_exchange": "bf16"},
-            r"--mapl-projector-exchange bf16 has no effect with --mapl-projector fixed",
+            {"rank": [8], "projector": "fixed", "projector_exchange": "fp32"},
+            r"--mapl-projector-exchange fp32 has no effect with --mapl-projector fixed",
         ),
         (
             {"rank": [8], "projector": "subspace"},

@@ -96,5 +96,5 @@ def test_bytes_count_for_the_whole_step() -> None:
     assert setting.config is not None and prediction.plan is not None
     each = boundaries(JOB, setting.config, prediction.plan)[0]
     once = each.step_onward + each.step_back
-    assert once > 2 * 1024 * 64 * 4
+    assert once > 2 * 1024 * 64 * 2
     assert prediction.sent == 3 * (16 * (each.forward + each.backward) + once)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 import sweep
+import sweep_figures
 import sweep_job
 import sweep_list
 from sweep_figures import within_reach
@@ -180,19 +182,27 @@ def test_runs_once_and_tells_what_it_came_to(tmp_path: Path) -> None:
     assert rows(tmp_path) == found
 
 
-def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
-    def row(gap: float | None) -> Row:
-        return Row(f"{gap}", 1, f"{gap}", "", False, "finished", 100, gap=gap)
+def test_one_hopeless_setting_does_not_flatten_the_rest(tmp_path: Path) -> None:
+    def row(gap: float, ratio: float = 2.0) -> Row:
+        traffic = TokenTraffic(1.0, 1.0, 0.0, ratio, 2.0, 100)
+        return Row(f"{gap}", 1, f"{gap}", "", False, "finished", 100, gap=gap, traffic=traffic)
 
     ordinary = [row(gap) for gap in (0.0, 0.5, 1.0, 2.0, 3.0, 8.2)]
     assert within_reach(ordinary) == ordinary
     *others, hopeless = within_reach([*ordinary[:5], row(43.4)])
     assert others == ordinary[:5]
     assert hopeless.gap == 3 * 2.75 and hopeless.label == "43.4: +43% ↑"
-    few = [row(0.0), row(40.0), row(None)]
-    assert within_reach(few) == few
-    all_better = [row(gap) for gap in (-3.0, -2.0, -1.5, -1.0)]
-    assert within_reach(all_better) == all_better
+    near_zero = [row(gap) for gap in (-0.4, -0.3, 0.0, 0.02, 0.5)]
+    assert within_reach(near_zero) == near_zero
+    # In the picture too, and the front is that of the gaps as measured.
+    few = [row(gap) for gap in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)]
+    figure = Figure()
+    axes = figure.subplots()
+    sweep_figures._draw_front(figure, axes, [*few, row(43.4, 8.0), row(30.0, 16.0)], 100)
+    heights = [float(y) for line in axes.lines for y in line.get_ydata()]
+    assert max(heights) == 3 * 3.0
+    (steps,) = [line for line in axes.lines if line.get_label() == "front"]
+    assert list(steps.get_xdata()) == [2.0, 16.0]
 
 
 def test_seeds_and_only(tmp_path: Path) -> None:

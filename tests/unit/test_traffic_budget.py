@@ -50,8 +50,8 @@ def test_replicas_and_bf16_make_the_exchange_cheaper() -> None:
     four = budget(dataclasses.replace(SMALL, replicas=4))["total"]
     assert four["projector"] == one["projector"]
     assert four["split_factor"] > 1.0
-    half = budget(dataclasses.replace(SMALL, projector_exchange="bf16"))["total"]
-    assert 2 * half["projector"] == one["projector"]
+    twice = budget(dataclasses.replace(SMALL, projector_exchange="fp32"))["total"]
+    assert twice["projector"] == 2 * one["projector"]
 
 
 @pytest.mark.parametrize(("codec", "bits"), [("int8", 8), ("fp8", 8), ("int4", 4), ("rvq", 4)])
