@@ -31,11 +31,17 @@ def with_plain_boundaries(command: list[str]) -> list[str]:
     missing = [flag for flag in PLAIN_BOUNDARIES if flag not in command]
     if "--mapl-rank" not in command:
         return command
-    projectors = [b for a, b in pairwise(command) if a == "--mapl-projector"]
-    if projectors and projectors[-1] not in ("learned", "unconstrained"):
+    if not _exchanges(command):
         missing = [flag for flag in missing if flag != "--mapl-projector-exchange"]
     plain = [word for flag in missing for word in (flag, PLAIN_BOUNDARIES[flag])]
     return [*plain, *command]  # so that a test may add to the end
+
+
+def _exchanges(command: list[str]) -> bool:
+    """Whether the two sides of a boundary send each other anything of the projector's."""
+    projectors = [b for a, b in pairwise(command) if a == "--mapl-projector"]
+    learns = not projectors or projectors[-1] in ("learned", "unconstrained")
+    return learns or "--mapl-projector-start-step" in command
 
 
 @dataclass(frozen=True)

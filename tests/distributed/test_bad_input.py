@@ -330,9 +330,9 @@ def test_what_the_parser_refuses(cluster: Cluster, flags: str, message: str) -> 
         ),
         (
             "--mapl-rank 16",
-            {1: ["--mapl-anchor", "none", "--mapl-projector", "fixed"]},
+            {1: ["--mapl-anchor", "none", "--mapl-projector", "unconstrained"]},
             ": --mapl-anchor is factorized on rank 0 and none on rank 1; --mapl-projector is "
-            "learned on rank 0 and fixed on rank 1; start",
+            "learned on rank 0 and unconstrained on rank 1; start",
         ),
     ],
 )

@@ -233,6 +233,7 @@ def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> Non
             tensor_model_parallel_size=2,
             forward_codec=forward,
             backward_codec=codec,
+            projector_exchange="fp32",  # as in all jobs of layouts.py
             codecs=CodecSettings(topk=3, lowrank_q=3),
         )
     )

@@ -62,7 +62,7 @@ def test_a_laptop_gets_a_process_for_each_stage(tmp_path: Path) -> None:
     assert value(words, "--save-retain-interval") == "1000"  # Megatron wants a multiple
     assert words[-3:] == ["--mock-data", "--lr", "0.5"]  # so that they win
     assert value(words, "--tokenizer-type") == "NullTokenizer"
-    assert "--exit-signal-handler" in words and value(words, "--mapl-rank") == "60"
+    assert "--exit-signal-handler" in words and value(words, "--mapl-rank") == "66"
     assert note["variables"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert {"SIGTERM", "SIGUSR1"} < {*note["ignores"]}
 
@@ -127,7 +127,7 @@ def test_plain_megatron_is_the_recipe_without_boundaries(tmp_path: Path) -> None
     ends(train(tmp_path, "tiny", "--mock-data", PLAIN="1"))
     plain = noted(tmp_path)["words"]
     gone = [word for word in with_mapl if word not in plain]
-    assert gone == ["--mapl-rank", "60", "--mapl-anchor-buckets", "16384"]
+    assert gone == ["--mapl-rank", "66", "--mapl-anchor-buckets", "16384"]
     assert "--mapl" not in " ".join(plain)
 
 
