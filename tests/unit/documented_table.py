@@ -94,7 +94,6 @@ TABLE = {
     "python pretrain_gpt.py … --mapl-rank 256 … --mapl-projector fixed": (
         "tests/distributed/test_virtual_stages.py::test_equals_the_pipeline"
     ),
-    'python tools/demo.py --mapl-flags …60 --mapl-anchor-buckets 131072"': HOURS,
     'python tools/demo.py --mapl-flags …FLAGS --eval-iters 16 --seed SEED"': HOURS,
     # Results
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/english": _SWEEP_RUNS,
