@@ -68,7 +68,7 @@ def within_reach(rows: Sequence[Row]) -> list[Row]:
 
 
 def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
-    best = front(rows)
+    on_front = front(rows)
     rows = within_reach(rows)
     for group, (colour, marker) in _looks(rows).items():
         own = [row for row in rows if _group(row) == group]
@@ -79,7 +79,7 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
         )  # fmt: skip
     # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
     drawn = {row.setting: row for row in rows}
-    best = [drawn[row.setting] for row in best]
+    best = [drawn[row.setting] for row in on_front]
     axes.plot(
         [row.ratio for row in best], [row.gap for row in best], drawstyle="steps-pre",
         color="grey", linewidth=1.2, zorder=1, label="front",

@@ -182,7 +182,7 @@ def test_runs_once_and_tells_what_it_came_to(tmp_path: Path) -> None:
     assert rows(tmp_path) == found
 
 
-def test_one_hopeless_setting_does_not_flatten_the_rest(tmp_path: Path) -> None:
+def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
     def row(gap: float, ratio: float = 2.0) -> Row:
         traffic = TokenTraffic(1.0, 1.0, 0.0, ratio, 2.0, 100)
         return Row(f"{gap}", 1, f"{gap}", "", False, "finished", 100, gap=gap, traffic=traffic)
