@@ -16,8 +16,8 @@ CheckpointMode = Literal["match", "fresh", "drop"]
 #: Codecs with one scale for each group of numbers.
 _GROUPED = ("fp8", "int8", "int4")
 
-#: Projectors without a gradient.
-_NOT_LEARNED = ("fixed", "subspace", "none")
+#: Projectors that have a gradient, which the two sides of a boundary exchange.
+LEARNED = ("learned", "unconstrained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class MaplConfig:
                 "leave --mapl-rank out for plain Megatron"
             )
         self._check_anchor()
-        if self.projector in _NOT_LEARNED and self.projector_lr_mult != 0.1:
+        if self.projector not in LEARNED and self.projector_lr_mult != 0.1:
             raise ValueError(
                 f"--mapl-projector-lr-mult {self.projector_lr_mult} has no effect with "
                 f"--mapl-projector {self.projector}; leave it out"
@@ -162,7 +162,7 @@ class MaplConfig:
                 "use --mapl-projector fixed for a projector that does not move"
             )
         self._check_projector_start()
-        has_exchange = self.projector not in _NOT_LEARNED or self.projector_start_step is not None
+        has_exchange = self.projector in LEARNED or self.projector_start_step is not None
         if not has_exchange and self.projector_exchange != "bf16":
             raise ValueError(
                 f"--mapl-projector-exchange {self.projector_exchange} has no effect with "

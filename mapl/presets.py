@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mapl.config import LEARNED
+
 #: arXiv 2606.05484: bf16 latents both ways, factorised anchors of the projector's rank. What it
 #: exchanges the projector's gradient in it does not say: not less than was computed.
 _PAPER = {
@@ -39,7 +41,7 @@ def with_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return dict(given)
     settings = {**_PAPER, **given}
-    if settings["projector"] in ("learned", "unconstrained"):
+    if settings["projector"] in LEARNED:
         settings.setdefault("projector_exchange", "fp32")
     if settings["anchor"] in ("factorized", "bigram") and "anchor_rank" not in given:
         ranks = {*given["rank"]} - {0}

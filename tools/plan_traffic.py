@@ -7,14 +7,11 @@ from typing import Any
 
 import traffic_budget
 from mapl.codecs import CodecSettings
-from mapl.config import MaplConfig
+from mapl.config import LEARNED, MaplConfig
 from mapl.plan import BoundaryPlan
 from mapl.traffic import KINDS
 from pipeline_step import Boundary
 from plan_job import Job
-
-#: Projectors that have a gradient, which the two sides of a boundary exchange.
-_LEARNED = ("learned", "unconstrained")
 
 
 def boundaries(job: Job, config: MaplConfig, plan: BoundaryPlan) -> tuple[Boundary, ...]:
@@ -37,7 +34,7 @@ def _boundary(job: Job, config: MaplConfig, plan: BoundaryPlan, number: int) -> 
         projector_exchange=config.projector_exchange,
         no_tensor_parallel_split=not config.tensor_parallel_split,
         token_ids=config.anchor != "none" and (virtual or any(plan.ranks[number:])),
-        exchanges=compressed and config.projector in _LEARNED,
+        exchanges=compressed and config.projector in LEARNED,
         codecs=config.codec_settings,
     )
     sent = _sent(what)
