@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -15,6 +16,8 @@ from report_runs import smoothed
 from sweep_results import Row, front, means
 
 _MARKERS = ("o", "s", "^", "D")
+#: Of the runs of one group, by turns: matplotlib's own, then a dash and two dots, and long dashes.
+_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 4)))
 
 
 def _group(row: Row) -> str:
@@ -53,10 +56,7 @@ def within_reach(rows: Sequence[Row]) -> list[Row]:
 
     That is a gap above 5% and three times the upper quartile of all gaps.
     """
-    gaps = [row.gap for row in rows if row.gap is not None]
-    if len(gaps) < 2:
-        return list(rows)
-    ceiling = max(5.0, 3 * quantiles(gaps, method="inclusive")[2])
+    ceiling = _ceiling(rows)
     return [
         dataclasses.replace(
             row, gap=ceiling, gap_spread=None, label=f"{row.label}: {row.gap:+.0f}% ↑"
@@ -65,6 +65,11 @@ def within_reach(rows: Sequence[Row]) -> list[Row]:
         else row
         for row in rows
     ]
+
+
+def _ceiling(rows: Sequence[Row]) -> float:
+    gaps = [row.gap for row in rows if row.gap is not None]
+    return inf if len(gaps) < 2 else max(5.0, 3 * quantiles(gaps, method="inclusive")[2])
 
 
 def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
@@ -130,7 +135,8 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:
-    """Training loss of the finished runs, of each setting its first seed.
+    """Training loss of the finished runs, of each setting its first seed, and how far each is above
+    the uncompressed run of its length and seed meanwhile, where there is one.
 
     Returns:
         False if none has finished.
@@ -138,32 +144,89 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
     runs = list({row.setting: row for row in reversed(rows) if row.curve}.values())[::-1]
     if not runs:
         return False
+    gaps = {row.setting: own for row in runs if (own := gaps_while_training(row, rows))}
 
     def fill(_: Any, panels: list[Any]) -> None:
-        _draw_losses(panels[0], runs)
+        looks = _looks(runs)
+        lines = {group: itertools.cycle(_LINES) for group in looks}
+        pens = {
+            row.setting: {
+                "color": looks[_group(row)][0], "linestyle": next(lines[_group(row)]),
+                "linewidth": 1.3,
+            }
+            for row in runs
+        }  # fmt: skip
+        _draw_losses(panels[0], runs, pens)
+        if gaps:
+            _draw_gaps(panels[1], gaps, pens, _ceiling(runs))
+        panels[-1].legend(
+            *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )  # fmt: skip
 
-    save(path, 1, (12.5, 6.5), fill)
+    save(path, 2 if gaps else 1, (18.5 if gaps else 12.5, 6.5), fill)
     return True
 
 
-def _draw_losses(axes: Any, runs: Sequence[Row]) -> None:
-    looks = _looks(runs)
-    lines = {group: itertools.cycle(("-", "--", ":", "-.")) for group in looks}
-    late = []
+def gaps_while_training(row: Row, rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """Tokens, and the run's training loss above that of its uncompressed run, in percent.
+
+    Both saw the same samples by then, so what one batch has in common with the other cancels. Of
+    the log entries that both have, since a stop may have cost either one; means of five.
+    """
+    base = {
+        tokens: loss
+        for other in rows
+        if other.uncompressed and (other.tokens, other.seed) == (row.tokens, row.seed)
+        for tokens, loss in other.curve
+    }
+    if row.uncompressed:
+        return []
+    shared = [tokens for tokens, _ in row.curve if tokens in base]
+    own = dict(row.curve)
+    pairs = zip(
+        smoothed([own[tokens] for tokens in shared]),
+        smoothed([base[tokens] for tokens in shared]),
+        strict=True,
+    )
+    return [(n, 100 * (a / b - 1)) for n, (a, b) in zip(shared, pairs, strict=True)]
+
+
+def _draw_losses(axes: Any, runs: Sequence[Row], pens: dict[str, dict[str, Any]]) -> None:
+    late, ceiling = [], _ceiling(runs)
     for row in runs:
         tokens, losses = zip(*row.curve, strict=True)
         smooth = smoothed(losses)
-        late += smooth[len(smooth) // 10 :]
-        axes.plot(
-            [n / 1e6 for n in tokens], smooth, next(lines[_group(row)]),
-            color=looks[_group(row)][0], linewidth=1.3, label=f"{row.label}: {row.loss:.4f}",
-        )  # fmt: skip
+        if row.gap is None or row.gap <= ceiling:  # the others would flatten the rest
+            late += smooth[len(smooth) // 10 :]  # and so would the first tenth
+        axes.plot([n / 1e6 for n in tokens], smooth, **pens[row.setting],
+                  label=f"{row.label}: {row.loss:.4f}")  # fmt: skip
     margin = 0.03 * (max(late) - min(late)) + 1e-3
     axes.set(
         title="Training loss (mean of 5 log entries), and validation loss at the end",
         xlabel="tokens (millions)",
         ylabel="cross-entropy (nats per token)",
-        ylim=(min(late) - margin, max(late) + margin),  # the first tenth would flatten the rest
+        ylim=(min(late) - margin, max(late) + margin),
     )
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_gaps(
+    axes: Any, gaps: dict[str, list[tuple[int, float]]], pens: dict[str, dict[str, Any]],
+    ceiling: float,
+) -> None:  # fmt: skip
+    late = []
+    for setting, curve in gaps.items():
+        tokens, percent = zip(*curve, strict=True)
+        late += [gap for gap in percent[len(percent) // 10 :] if gap <= ceiling]
+        axes.plot([n / 1e6 for n in tokens], percent, **pens[setting])
+    axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
+    axes.set(
+        title="Training loss above the uncompressed run's",
+        xlabel="tokens (millions)",
+        ylabel="%",
+    )
+    if late:
+        margin = 0.05 * (max(late) - min(late)) + 1e-3
+        axes.set_ylim(min(*late, 0) - margin, max(*late, 0) + margin)
+    axes.grid(axis="y", alpha=0.25)

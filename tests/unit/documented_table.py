@@ -97,9 +97,7 @@ TABLE = {
     'python tools/demo.py --mapl-flags …FLAGS --eval-iters 16 --seed SEED"': HOURS,
     # Results
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/english": _SWEEP_RUNS,
-    "python tools/sweep.py tools/sweeps/headline.toml … --data data/source --only …": (
-        f"{_SWEEP}::test_seeds_and_only"
-    ),
+    "python tools/sweep.py tools/sweeps/headline.toml … --data data/source": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/adam.toml … --data data/source": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/short.toml … --data data/english": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/… --report-only": (

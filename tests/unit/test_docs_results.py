@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -16,10 +17,15 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 
 
-def _section(title: str) -> str:
-    _, _, rest = (DOCS / "results.md").read_text().partition(f"\n## {title}")
+def _after(page: str, title: str) -> str:
+    """The section of a page whose title begins so."""
+    _, _, rest = page.partition(f"\n## {title}")
     assert rest, title
     return rest.partition("\n## ")[0]
+
+
+def _section(title: str) -> str:
+    return _after((DOCS / "results.md").read_text(), title)
 
 
 def _percent(number: float) -> str:
@@ -88,31 +94,44 @@ def test_the_table_of_all_runs_has_them_all() -> None:
         assert gap == _percent(row["gap"])
 
 
+#: Settings in the order of README's table.
+_OF_README = (
+    "mapl-4x", "mapl-8x", "mapl-16x", "factorized-4x", "factorized-8x", "paper-4x", "paper-8x",
+    "paper-16x", "direct-int8", "direct-int4", "subspace-4x",
+)  # fmt: skip
+
+
+def _percent_or_dash(number: float | None) -> str:
+    return "–" if number is None else _percent(number)
+
+
 def test_readme_and_guide_say_the_same() -> None:
     """Means over seeds, of source code and of English."""
-    gaps: dict[str, list[float]] = {}
+    gaps: dict[str, dict[str, float]] = {}
+    ratios: dict[str, float] = {}
     for corpus in ("source", "english"):
-        rows = json.loads((DOCS / "results" / corpus / "results.json").read_text())
-        for name in ("mapl-4x", "mapl-8x", "mapl-16x", "paper-8x", "direct-int4", "subspace-4x"):
-            own = [row["gap"] for row in rows if row["setting"] == name and row["gap"] is not None]
-            gaps.setdefault(name, []).append(sum(own) / len(own))
+        rows_of: dict[str, list[dict[str, Any]]] = {}
+        for row in json.loads((DOCS / "results" / corpus / "results.json").read_text()):
+            if row["gap"] is not None:
+                rows_of.setdefault(row["setting"], []).append(row)
+                ratios.setdefault(row["setting"], row["ratio"])
+        gaps[corpus] = {name: mean(row["gap"] for row in own) for name, own in rows_of.items()}
     readme, guide = (ROOT / "README.md").read_text(), (DOCS / "choosing.md").read_text()
-    for start, name in (
-        ("| defaults, r = 480 |", "mapl-4x"),
-        ("| defaults, r = 240 |", "mapl-8x"),
-        ("| defaults, r = 120 |", "mapl-16x"),
-        ("| the paper's, r = d/8 ", "paper-8x"),
-        ("| activations and gradients in int4 |", "direct-int4"),
-        ("| Subspace Networks, k = d/4 |", "subspace-4x"),
+    (table,) = re.findall(r"(?:^\|.*\n)+", _after(readme, "Quality at"), flags=re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    for name, (setting, ratio, source, english) in zip(_OF_README, rows[2:], strict=True):
+        assert ratio == f"{ratios[name]:.1f}×"
+        assert source.split()[0] == _percent(gaps["source"][name]), setting
+        assert english == _percent_or_dash(gaps["english"].get(name))
+    for ratio, name in (
+        ("2×", "mapl-2x"),
+        ("4×", "mapl-4x"),
+        ("8×", "mapl-8x"),
+        ("16×", "mapl-16x"),
     ):
-        (line,) = [line for line in readme.splitlines() if line.startswith(start)]
-        source, english = (cell.strip() for cell in line.strip("|").split("|")[-2:])
-        assert source.split()[0] == _percent(gaps[name][0])
-        assert english == _percent(gaps[name][1])
-    for ratio, name in (("4×", "mapl-4x"), ("8×", "mapl-8x"), ("16×", "mapl-16x")):
         (line,) = [line for line in guide.splitlines() if line.startswith(f"| {ratio} |")]
         assert [cell.strip() for cell in line.strip("|").split("|")[-2:]] == [
-            _percent(gap) for gap in gaps[name]
+            _percent_or_dash(gaps[corpus].get(name)) for corpus in ("source", "english")
         ]
 
 
@@ -134,7 +153,7 @@ def test_gaps_over_training_are_those_of_the_evaluations() -> None:
         gaps = [100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
         assert cells[1:] == [_percent(gap) for gap in gaps]
         found += 1
-    assert found == 8
+    assert found == 13
 
 
 @pytest.mark.parametrize(
@@ -169,3 +188,35 @@ def test_the_picture_of_the_geometry_is_made_again(tmp_path: Path) -> None:
         row += rf"{fixed['energy_kept']:.3f} \| {boundary['energy_ceiling']:.3f} \| "
         row += rf"{boundary['rank_99']:.0f} \| {boundary['cosine_pearson']:.3f} \| "
         assert re.search(row + rf"{fixed['cosine_pearson']:.3f} \|", page)
+
+
+def _source() -> dict[str, dict[str, Any]]:
+    rows = json.loads((DOCS / "results" / "source" / "results.json").read_text())
+    return {row["setting"]: row for row in rows if row["seed"] == 1234}
+
+
+def test_each_baseline_sends_more_and_loses_more_than_one_of_ours() -> None:
+    rows = _source()
+    listed = (ROOT / "tools" / "sweeps" / "headline.toml").read_text()
+    ours = [rows[name] for name in ("mapl-2x", "mapl-4x", "mapl-8x", "mapl-8x-fixed", "mapl-16x")]
+    assert set(rows) == set(re.findall(r'^name = "(.*)"$', listed, flags=re.MULTILINE))
+    named = {"uncompressed", "bigram-1x", "factorized-4x", "factorized-8x"}
+    baselines = [row for row in rows.values() if row not in ours and row["setting"] not in named]
+    assert len(baselines) == 14
+    for row in baselines:
+        assert any(r["ratio"] > row["ratio"] and r["gap"] < row["gap"] for r in ours), row[
+            "setting"
+        ]
+
+
+def test_gaps_to_the_better_model_are_those_of_the_runs() -> None:
+    rows = _source()
+    names = ("mapl-2x", "mapl-4x", "mapl-8x", "mapl-16x")
+    gaps = [f"{100 * (rows[name]['loss'] / rows['bigram-1x']['loss'] - 1):.1f}%" for name in names]
+    two, four, eight, sixteen = gaps
+    results = re.sub(r"\s+", " ", _section("Source code"))
+    assert f"the gaps are {two} at 2×, {four} at 4×, {eight} at 8× and {sixteen} at 16×" in results
+    readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    assert f"against that model the gaps are {four}, {eight} and {sixteen}" in readme
+    limits = re.sub(r"\s+", " ", (DOCS / "limits.md").read_text())
+    assert f"the gaps are {four} at 4× and {eight} at 8×" in limits

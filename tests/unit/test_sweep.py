@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sweep.py: lists, runs that are stopped, crash and go on, tables and fronts."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import sweep
 import sweep_figures
 import sweep_job
 import sweep_list
-from sweep_figures import within_reach
+from sweep_figures import gaps_while_training, within_reach
 from sweep_job import Job, RunFolder
 from sweep_list import SweepError, flag_value
 from sweep_results import Row, front, means
@@ -180,6 +181,23 @@ def test_runs_once_and_tells_what_it_came_to(tmp_path: Path) -> None:
     assert call(tmp_path) == 0
     assert (tmp_path / "out" / "r16" / "log.txt").read_text() == before
     assert rows(tmp_path) == found
+
+
+def test_gaps_while_training_are_those_of_entries_that_both_have() -> None:
+    def row(setting: str, seed: int, *curve: tuple[int, float]) -> Row:
+        return Row(setting, seed, "", "", setting == "plain", "finished", 100, curve=curve)
+
+    plain = row("plain", 1, (10, 4.0), (20, 2.0), (40, 1.0))
+    other_seed = row("plain", 2, (10, 1.0), (20, 1.0))
+    longer = dataclasses.replace(row("plain", 1, (10, 8.0)), tokens=200)
+    mapl = row("mapl", 1, (10, 4.4), (30, 9.0), (40, 1.1))
+    rows = [plain, other_seed, longer, mapl]
+    assert gaps_while_training(mapl, rows) == [(10, pytest.approx(10)), (40, pytest.approx(10))]
+    assert gaps_while_training(dataclasses.replace(mapl, seed=3), rows) == []
+    assert gaps_while_training(plain, rows) == []
+    # Means of five entries, of both.
+    bumpy = row("mapl", 2, (10, 1.5), (20, 1.0))
+    assert gaps_while_training(bumpy, rows)[1] == (20, pytest.approx(25))
 
 
 def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
