@@ -11,13 +11,17 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from figures import COLOURS, save
+from figures import COLOURS, picture, save
 from report_runs import smoothed
 from sweep_results import Row, front, means
 
 _MARKERS = ("o", "s", "^", "D")
 #: Of the runs of one group, by turns: matplotlib's own, then a dash and two dots, and long dashes.
 _LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 4)))
+
+
+#: Setting → tokens and what is drawn at them.
+type Curves = dict[str, list[tuple[int, float]]]
 
 
 def _group(row: Row) -> str:
@@ -52,14 +56,14 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
 
 
 def within_reach(rows: Sequence[Row]) -> list[Row]:
-    """The rows as drawn: one that would flatten the rest is brought down, and says its gap.
-
-    That is a gap above 5% and three times the upper quartile of all gaps.
-    """
+    """The rows as drawn: one that would flatten the rest is brought down to above them, and says
+    its gap."""
     ceiling = _ceiling(rows)
+    others = [row.gap for row in rows if row.gap is not None and row.gap <= ceiling]
+    above = max(others, default=0.0) + 0.1 * (max(others, default=0.0) - min(others, default=0.0))
     return [
         dataclasses.replace(
-            row, gap=ceiling, gap_spread=None, label=f"{row.label}: {row.gap:+.0f}% ↑"
+            row, gap=above, gap_spread=None, label=f"{row.label}: {row.gap:+.0f}% ↑"
         )
         if row.gap is not None and row.gap > ceiling
         else row
@@ -68,6 +72,7 @@ def within_reach(rows: Sequence[Row]) -> list[Row]:
 
 
 def _ceiling(rows: Sequence[Row]) -> float:
+    """The gap above which a row would flatten the rest: 5%, or 3 times the upper quartile."""
     gaps = [row.gap for row in rows if row.gap is not None]
     return inf if len(gaps) < 2 else max(5.0, 3 * quantiles(gaps, method="inclusive")[2])
 
@@ -75,17 +80,19 @@ def _ceiling(rows: Sequence[Row]) -> float:
 def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> None:
     on_front = front(rows)
     rows = within_reach(rows)
-    for group, (colour, marker) in _looks(rows).items():
+    looks = _looks(rows)
+    for place, (group, (colour, marker)) in enumerate(looks.items()):
         own = [row for row in rows if _group(row) == group]
         axes.errorbar(
             [row.ratio for row in own], [row.gap for row in own],
             yerr=[row.gap_spread or 0.0 for row in own], fmt=marker, color=colour, markersize=7,
             markeredgecolor="white", elinewidth=1.5, label=group,
+            zorder=2 + len(looks) - place,  # a list begins with what it is about
         )  # fmt: skip
     # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
     drawn = {row.setting: row for row in rows}
     best = [drawn[row.setting] for row in on_front]
-    axes.plot(
+    (line,) = axes.plot(
         [row.ratio for row in best], [row.gap for row in best], drawstyle="steps-pre",
         color="grey", linewidth=1.2, zorder=1, label="front",
     )  # fmt: skip
@@ -103,13 +110,16 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
     )
     axes.margins(y=0.1)
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False, loc="upper left")
-    _label(figure, axes, rows)
+    axes.legend(frameon=False, loc="best")
+    _label(figure, axes, rows, line)
 
 
-def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
-    """Names each point, in the place around it where it covers fewest others."""
+def _label(figure: Any, axes: Any, rows: Sequence[Row], line: Any) -> None:
+    """Names each point, in the place around it where it covers least of the others, the line and
+    the legend."""
     figure.canvas.draw()
+    front_line = line.get_path().transformed(line.get_transform())
+    legend = axes.get_legend().get_window_extent()
     places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"),
               (0, 12, "center"), (0, -20, "center")]  # fmt: skip
     taken = [axes.transData.transform((row.ratio, row.gap)) for row in rows]
@@ -125,6 +135,8 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
             box = text.get_window_extent()
             covered = sum(box.overlaps(other) for other in boxes)
             covered += sum(box.contains(*point) for point in taken)
+            covered += front_line.intersects_bbox(box, filled=False)
+            covered += box.overlaps(legend)
             covered += not (axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1)
             tries.append((covered, len(tries), text, box))
         *_, kept, box = min(tries, key=lambda found: found[:2])
@@ -145,27 +157,38 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
     if not runs:
         return False
     gaps = {row.setting: own for row in runs if (own := gaps_while_training(row, rows))}
-
-    def fill(_: Any, panels: list[Any]) -> None:
-        looks = _looks(runs)
-        lines = {group: itertools.cycle(_LINES) for group in looks}
-        pens = {
-            row.setting: {
-                "color": looks[_group(row)][0], "linestyle": next(lines[_group(row)]),
-                "linewidth": 1.3,
-            }
-            for row in runs
-        }  # fmt: skip
-        _draw_losses(panels[0], runs, pens)
-        if gaps:
-            _draw_gaps(panels[1], gaps, pens, _ceiling(runs))
-        panels[-1].legend(
-            *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left",
-            bbox_to_anchor=(1, 0.5),
-        )  # fmt: skip
-
-    save(path, 2 if gaps else 1, (18.5 if gaps else 12.5, 6.5), fill)
+    looks = _looks(runs)
+    lines = {group: itertools.cycle(_LINES) for group in looks}
+    pens = {
+        row.setting: {"color": looks[_group(row)][0], "linestyle": next(lines[_group(row)]),
+                      "linewidth": 1.3, "label": _legend(row)}
+        for row in runs
+    }  # fmt: skip
+    ceiling = _ceiling(runs)
+    reachable = {row.setting for row in runs if row.gap is None or row.gap <= ceiling}
+    panels = 2 if gaps else 1
+    with picture(path, figsize=(13, 6 * panels)) as figure:
+        first, *others = figure.subplots(panels, 1, squeeze=False)[:, 0]
+        losses = {row.setting: _smoothed(row) for row in runs}
+        _draw_curves(first, losses, pens, reachable)
+        first.set(title="Training loss (mean of 5 log entries), and validation loss at the end",
+                  ylabel="cross-entropy (nats per token)")  # fmt: skip
+        first.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        for axes in others:
+            _draw_curves(axes, gaps, pens, reachable)
+            axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
+            axes.set(title="Training loss above the uncompressed run's", ylabel="%")
     return True
+
+
+def _legend(row: Row) -> str:
+    group = "" if row.uncompressed or not row.group else f"{row.group}: "
+    return f"{group}{row.label}: {row.loss:.4f}"
+
+
+def _smoothed(row: Row) -> list[tuple[int, float]]:
+    tokens, losses = zip(*row.curve, strict=True)
+    return list(zip(tokens, smoothed(losses), strict=True))
 
 
 def gaps_while_training(row: Row, rows: Sequence[Row]) -> list[tuple[int, float]]:
@@ -174,14 +197,14 @@ def gaps_while_training(row: Row, rows: Sequence[Row]) -> list[tuple[int, float]
     Both saw the same samples by then, so what one batch has in common with the other cancels. Of
     the log entries that both have, since a stop may have cost either one; means of five.
     """
+    if row.uncompressed:
+        return []
     base = {
         tokens: loss
         for other in rows
         if other.uncompressed and (other.tokens, other.seed) == (row.tokens, row.seed)
         for tokens, loss in other.curve
     }
-    if row.uncompressed:
-        return []
     shared = [tokens for tokens, _ in row.curve if tokens in base]
     own = dict(row.curve)
     pairs = zip(
@@ -192,41 +215,14 @@ def gaps_while_training(row: Row, rows: Sequence[Row]) -> list[tuple[int, float]
     return [(n, 100 * (a / b - 1)) for n, (a, b) in zip(shared, pairs, strict=True)]
 
 
-def _draw_losses(axes: Any, runs: Sequence[Row], pens: dict[str, dict[str, Any]]) -> None:
-    late, ceiling = [], _ceiling(runs)
-    for row in runs:
-        tokens, losses = zip(*row.curve, strict=True)
-        smooth = smoothed(losses)
-        if row.gap is None or row.gap <= ceiling:  # the others would flatten the rest
-            late += smooth[len(smooth) // 10 :]  # and so would the first tenth
-        axes.plot([n / 1e6 for n in tokens], smooth, **pens[row.setting],
-                  label=f"{row.label}: {row.loss:.4f}")  # fmt: skip
-    margin = 0.03 * (max(late) - min(late)) + 1e-3
-    axes.set(
-        title="Training loss (mean of 5 log entries), and validation loss at the end",
-        xlabel="tokens (millions)",
-        ylabel="cross-entropy (nats per token)",
-        ylim=(min(late) - margin, max(late) + margin),
-    )
-    axes.grid(axis="y", alpha=0.25)
-
-
-def _draw_gaps(
-    axes: Any, gaps: dict[str, list[tuple[int, float]]], pens: dict[str, dict[str, Any]],
-    ceiling: float,
-) -> None:  # fmt: skip
-    late = []
-    for setting, curve in gaps.items():
-        tokens, percent = zip(*curve, strict=True)
-        late += [gap for gap in percent[len(percent) // 10 :] if gap <= ceiling]
-        axes.plot([n / 1e6 for n in tokens], percent, **pens[setting])
-    axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
-    axes.set(
-        title="Training loss above the uncompressed run's",
-        xlabel="tokens (millions)",
-        ylabel="%",
-    )
-    if late:
-        margin = 0.05 * (max(late) - min(late)) + 1e-3
-        axes.set_ylim(min(*late, 0) - margin, max(*late, 0) + margin)
+def _draw_curves(
+    axes: Any, curves: Curves, pens: dict[str, dict[str, Any]], reachable: set[str]
+) -> None:
+    """The axis fits the second half of the curves within reach: others would flatten these."""
+    for setting, curve in curves.items():
+        axes.plot([n / 1e6 for n, _ in curve], [value for _, value in curve], **pens[setting])
+    shown = [curve for setting, curve in curves.items() if setting in reachable]
+    late = [value for curve in shown or curves.values() for _, value in curve[len(curve) // 2 :]]
+    margin = 0.1 * (max(late) - min(late)) + 1e-3
+    axes.set(xlabel="tokens (millions)", ylim=(min(late) - margin, max(late) + margin))
     axes.grid(axis="y", alpha=0.25)

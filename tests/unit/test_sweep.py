@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,45 @@ def test_gaps_while_training_are_those_of_entries_that_both_have() -> None:
     assert gaps_while_training(bumpy, rows)[1] == (20, pytest.approx(25))
 
 
+def test_curves_are_drawn_with_their_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The axes fit the later half of the runs within reach, and every run is named."""
+
+    def row(setting: str, gap: float | None, *losses: float) -> Row:
+        curve = tuple((10 * n, loss) for n, loss in enumerate(losses, start=1))
+        return Row(
+            setting, 1, setting, "a group", setting == "plain", "finished", 100, loss=losses[-1],
+            gap=gap, curve=curve,
+        )  # fmt: skip
+
+    figures = []
+
+    @contextmanager
+    def picture(path: Path, **_: Any) -> Generator[Figure]:
+        figures.append(Figure())
+        yield figures[-1]
+
+    monkeypatch.setattr(sweep_figures, "picture", picture)
+    rows = [row("plain", 0.0, 8.0, 2.0), row("good", 1.0, 8.0, 2.2), row("bad", 99.0, 8.0, 9.0)]
+    assert sweep_figures.draw_curves([*rows, row("fair", 2.0, 8.0, 2.4)], tmp_path / "p.png")
+    (figure,) = figures
+    losses, gaps = figure.axes
+    # The mean of the up to five entries until then: 5.0 to 5.2, and 0 to 4%.
+    for axes, low, high in ((losses, 5.0, 5.2), (gaps, 2.0, 4.0)):
+        bottom, top = axes.get_ylim()
+        margin = 0.1 * (high - low) + 1e-3
+        assert (bottom, top) == pytest.approx((low - margin, high + margin))
+    names = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert names[0] == "plain: 2.0000" and names[1] == "a group: good: 2.2000" and len(names) == 4
+    assert len(gaps.lines) == 3 + 1  # and the line at zero
+    # Without an uncompressed run there is nothing to be above of; with hopeless ones alone the axis
+    # is theirs.
+    assert sweep_figures.draw_curves([row("good", None, 8.0, 2.2)], tmp_path / "p.png")
+    assert len(figures[1].axes) == 1
+    plain = [dataclasses.replace(rows[0], setting=f"plain-{n}") for n in range(3)]
+    assert sweep_figures.draw_curves([*plain, rows[2]], tmp_path / "p.png")
+    assert figures[2].axes[1].get_ylim()[1] > 60
+
+
 def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
     def row(gap: float, ratio: float = 2.0) -> Row:
         traffic = TokenTraffic(1.0, 1.0, 0.0, ratio, 2.0, 100)
@@ -209,7 +250,7 @@ def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
     assert within_reach(ordinary) == ordinary
     *others, hopeless = within_reach([*ordinary[:5], row(43.4)])
     assert others == ordinary[:5]
-    assert hopeless.gap == 3 * 2.75 and hopeless.label == "43.4: +43% ↑"
+    assert hopeless.gap == pytest.approx(3.3) and hopeless.label == "43.4: +43% ↑"
     near_zero = [row(gap) for gap in (-0.4, -0.3, 0.0, 0.02, 0.5)]
     assert within_reach(near_zero) == near_zero
     # In the picture too, and the front is that of the gaps as measured.
@@ -218,7 +259,7 @@ def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
     axes = figure.subplots()
     sweep_figures._draw_front(figure, axes, [*few, row(43.4, 8.0), row(30.0, 16.0)], 100)
     heights = [float(y) for line in axes.lines for y in line.get_ydata()]
-    assert max(heights) == 3 * 3.0
+    assert max(heights) == pytest.approx(3.3)
     (steps,) = [line for line in axes.lines if line.get_label() == "front"]
     assert list(steps.get_xdata()) == [2.0, 16.0]
 
