@@ -107,6 +107,23 @@ def _allocate_adam_state(state: dict[str, Any], parameter: torch.Tensor) -> None
         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
+def _resume_beside_empty_groups() -> None:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    load_state_dict = Float16OptimizerWithFloat16Params.load_state_dict
+
+    def load_with_empty_groups(self: Any, state: dict[str, Any]) -> None:
+        """All stages have all groups, some without parameters, whose empty lists are not saved."""
+        saved, groups = state.get("fp32_from_fp16_params"), self.fp32_from_float16_groups
+        if saved is not None and len(saved) == sum(bool(group) for group in groups):
+            rest = iter(saved)
+            saved = [next(rest) if group else [] for group in groups]
+            state = {**state, "fp32_from_fp16_params": saved}
+        load_state_dict(self, state)
+
+    replace(Float16OptimizerWithFloat16Params, "load_state_dict", load_with_empty_groups)
+
+
 def _help_with_bare_percent_sign() -> None:
     import megatron.training.arguments as arguments
 
@@ -159,6 +176,12 @@ MENDS = (
         "DistributedOptimizer over torch AdamW (no Transformer Engine, no Apex) fails to resume",
         ">=0.17,<0.20",
         _distributed_optimizer_resume,
+    ),
+    Mend(
+        "where a stage has no parameter of a group, as inner ones have none of --decoupled-lr, a "
+        "16-bit optimizer resumes with fp32 parameters of one group in those of another",
+        ">=0.17,<0.20",
+        _resume_beside_empty_groups,
     ),
     Mend(
         "SIGTERM to all processes of a job, as SLURM preempts, ends the one through which writers "

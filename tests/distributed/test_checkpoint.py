@@ -14,6 +14,8 @@ from test_layouts import RANK, assert_sides_equal, copies
 
 SAVE = "--save-interval 2 --ckpt-format torch_dist --lr-decay-iters 10 --lr-warmup-iters 1"
 MAPL = f"--mapl-rank {RANK}"
+#: Inner stages have no embedding, and so no parameter in one of the groups.
+MUON_WITH_RATES = "--optimizer muon --bf16 --decoupled-lr 1e-3"
 
 
 def codecs(forward: str, backward: str, *more: str) -> str:
@@ -50,6 +52,8 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("pp2-dp2-distributed-optimizer", "--async-save"),
         ("pp2-vpp2-overlapped", ""),
         ("muon", ""),
+        ("pp4", MUON_WITH_RATES),
+        ("pp4", f"{MUON_WITH_RATES} --mapl-anchor full"),
         ("bf16", ""),
         ("fp16", "--initial-loss-scale 1024 --train-iters 4"),
         ("tp2-sp-pp2", "--use-distributed-optimizer"),

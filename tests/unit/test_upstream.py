@@ -2,6 +2,7 @@
 """Replacing names in other people's code: loud when a name has moved, and only where it is due."""
 
 import types
+from typing import ClassVar
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -60,3 +61,25 @@ def test_a_mend_whose_symbol_has_moved_refuses_to_start(monkeypatch: pytest.Monk
     monkeypatch.setattr(upstream, "MENDS", (mend,))
     with pytest.raises(RuntimeError, match=r"core\.gone is not there"):
         upstream.install()
+
+
+def test_groups_without_parameters_keep_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron copies group by group; a checkpoint has no list where a stage has no parameter."""
+
+    class Optimizer:
+        fp32_from_float16_groups: ClassVar[list[list[str]]] = [[], ["a"], [], ["b", "c"]]
+
+        def load_state_dict(self, state: dict[str, list[list[str]]]) -> None:
+            self.loaded = state.get("fp32_from_fp16_params")
+
+    from megatron.core.optimizer import optimizer as module
+
+    monkeypatch.setattr(module, "Float16OptimizerWithFloat16Params", Optimizer)
+    monkeypatch.setattr(upstream, "replace", setattr)
+    upstream._resume_beside_empty_groups()
+    ours = Optimizer()
+    for saved in ([["A"], ["B", "C"]], [[], ["A"], [], ["B", "C"]]):
+        ours.load_state_dict({"fp32_from_fp16_params": saved})
+        assert ours.loaded == [[], ["A"], [], ["B", "C"]]
+    ours.load_state_dict({})
+    assert ours.loaded is None
