@@ -35,8 +35,8 @@ from plan_recommendation import recommend
 from plan_report import Plan, page
 from plan_settings import Setting
 
-#: What the repository has measured so far: docs/search.md.
-GAPS = Path(__file__).with_name("plan_gaps.json")
+#: The longest trainings that the repository has measured: docs/results.md.
+GAPS = Path(__file__).parent.parent / "docs" / "results" / "source" / "results.json"
 
 
 def make(options: argparse.Namespace) -> Plan:

@@ -12,6 +12,7 @@ import pytest
 
 import report
 import sweep
+import sweep_list
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -72,7 +73,7 @@ def test_the_table_of_all_runs_has_them_all() -> None:
         return [row for row in json.loads(path.read_text()) if row["state"] == "finished"]
 
     kept = DOCS / "results"
-    search = load(ROOT / "tools" / "plan_gaps.json")
+    search = load(kept / "search" / "results.json")
     (base,) = [row["loss"] for row in search if row["setting"] == "uncompressed"]
     expected = [
         *(("source", "Muon", row) for row in load(kept / "source" / "results.json")),
@@ -134,6 +135,29 @@ def test_readme_and_guide_say_the_same() -> None:
         assert [cell.strip() for cell in line.strip("|").split("|")[-2:]] == [
             _percent_or_dash(gaps[corpus].get(f"mapl-{ratio}x")) for corpus in ("source", "english")
         ]
+
+
+def test_the_log_of_the_search_has_its_gaps() -> None:
+    """Flags of tools/sweeps/search.toml, figures of docs/search.md."""
+    listed = sweep_list.read(ROOT / "tools" / "sweeps" / "search.toml", None, to_run=False)
+    flags = {run.setting: list(run.flags) for run in listed.runs}
+    rows = {
+        row["setting"]: row
+        for row in json.loads((DOCS / "results" / "search" / "results.json").read_text())
+    }
+    assert rows and all(row["flags"] == flags[name] for name, row in rows.items())
+    found = 0
+    for line in (DOCS / "search.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name = cells[0].strip("`")
+        if name in rows and cells[-1].endswith("%"):
+            gap = float(cells[-1].rstrip("%").replace("−", "-"))
+            assert (rows[name]["loss"], rows[name]["gap"]) == (float(cells[-2]), gap)
+            found += 1
+    assert found >= len(rows) - 2  # but uncompressed, and lossless, of which the text speaks
+    base = rows["uncompressed"]["loss"]
+    for row in rows.values():
+        assert row["gap"] == pytest.approx(100 * (row["loss"] / base - 1), abs=0.01)
 
 
 def test_gaps_over_training_are_those_of_the_evaluations() -> None:

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
-import plan
 import plan_gaps
 import plan_settings
-import sweep_list
 from sweep_results import Row
-from tests.unit.plan_cases import ROOT
 
 
 def test_settings_keep_their_share_of_the_width() -> None:
@@ -43,26 +40,6 @@ def test_settings_keep_their_share_of_the_width() -> None:
 def test_flags_that_there_are_not(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_settings.read(flags.split())
-
-
-def test_the_gaps_are_those_of_the_search() -> None:
-    """Flags of tools/sweeps/search.toml, figures of docs/search.md."""
-    listed = sweep_list.read(ROOT / "tools" / "sweeps" / "search.toml", None, to_run=False)
-    flags = {run.setting: list(run.flags) for run in listed.runs}
-    rows = {row["setting"]: row for row in json.loads(plan.GAPS.read_text())}
-    assert rows and all(row["flags"] == flags[name] for name, row in rows.items())
-    found = 0
-    for line in (ROOT / "docs" / "search.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        name = cells[0].strip("`")
-        if name in rows and cells[-1].endswith("%"):
-            gap = float(cells[-1].rstrip("%").replace("−", "-"))
-            assert (rows[name]["loss"], rows[name]["gap"]) == (float(cells[-2]), gap)
-            found += 1
-    assert found >= len(rows) - 2  # but uncompressed, and lossless, of which the text speaks
-    base = rows["uncompressed"]["loss"]
-    for row in rows.values():
-        assert row["gap"] == pytest.approx(100 * (row["loss"] / base - 1), abs=0.01)
 
 
 def results(tmp_path: Path, *rows: dict[str, Any]) -> Path:
