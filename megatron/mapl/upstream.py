@@ -110,17 +110,25 @@ def _allocate_adam_state(state: dict[str, Any], parameter: torch.Tensor) -> None
 def _resume_beside_empty_groups() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+    sharded_state_dict = Float16OptimizerWithFloat16Params.sharded_state_dict
     load_state_dict = Float16OptimizerWithFloat16Params.load_state_dict
+    key = "fp32_from_fp16_params"
+
+    def sharded_without_empty_groups(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """An empty list of the first stage would be part of what all stages load."""
+        state: dict[str, Any] = sharded_state_dict(self, *args, **kwargs)
+        kept = [group for group in state.pop(key) if group]
+        return {**state, key: kept} if kept else state
 
     def load_with_empty_groups(self: Any, state: dict[str, Any]) -> None:
-        """All stages have all groups, some without parameters, whose empty lists are not saved."""
-        saved, groups = state.get("fp32_from_fp16_params"), self.fp32_from_float16_groups
-        if saved is not None and len(saved) == sum(bool(group) for group in groups):
+        """Megatron copies list by list: those without parameters take their places again."""
+        saved, groups = state.get(key, []), self.fp32_from_float16_groups
+        if "fp32_from_fp16" not in state and len(saved) == sum(bool(group) for group in groups):
             rest = iter(saved)
-            saved = [next(rest) if group else [] for group in groups]
-            state = {**state, "fp32_from_fp16_params": saved}
+            state = {**state, key: [next(rest) if group else [] for group in groups]}
         load_state_dict(self, state)
 
+    replace(Float16OptimizerWithFloat16Params, "sharded_state_dict", sharded_without_empty_groups)
     replace(Float16OptimizerWithFloat16Params, "load_state_dict", load_with_empty_groups)
 
 
@@ -178,8 +186,9 @@ MENDS = (
         _distributed_optimizer_resume,
     ),
     Mend(
-        "where a stage has no parameter of a group, as inner ones have none of --decoupled-lr, a "
-        "16-bit optimizer resumes with fp32 parameters of one group in those of another",
+        "where a stage has no parameter in a group, as inner ones have no embedding for that of "
+        "--decoupled-lr, a 16-bit optimizer fails to resume, or takes the fp32 parameters of one "
+        "group for those of another",
         ">=0.17,<0.20",
         _resume_beside_empty_groups,
     ),

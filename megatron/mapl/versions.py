@@ -41,6 +41,7 @@ SYMBOLS: Symbols = {
         "MegatronOptimizer.step_with_ready_grads",
         "MegatronOptimizer.get_loss_scale",
         "MegatronOptimizer.param_groups",
+        "Float16OptimizerWithFloat16Params.sharded_state_dict",
         "Float16OptimizerWithFloat16Params.load_state_dict",
     ),
     "megatron.core.optimizer.optimizer_config": ("ParamKey",),

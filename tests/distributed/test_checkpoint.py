@@ -14,7 +14,7 @@ from test_layouts import RANK, assert_sides_equal, copies
 
 SAVE = "--save-interval 2 --ckpt-format torch_dist --lr-decay-iters 10 --lr-warmup-iters 1"
 MAPL = f"--mapl-rank {RANK}"
-#: Inner stages have no embedding, and so no parameter in one of the groups.
+#: Stages without embedding and output layer have no parameter in one of the groups.
 MUON_WITH_RATES = "--optimizer muon --bf16 --decoupled-lr 1e-3"
 
 
@@ -54,6 +54,7 @@ def after_load(result: Result, rank: int) -> dict[tuple[int, str], dict[str, tor
         ("muon", ""),
         ("pp4", MUON_WITH_RATES),
         ("pp4", f"{MUON_WITH_RATES} --mapl-anchor full"),
+        ("pp2", f"{MUON_WITH_RATES} --pipeline-model-parallel-layout E|ttttL"),
         ("bf16", ""),
         ("fp16", "--initial-loss-scale 1024 --train-iters 4"),
         ("tp2-sp-pp2", "--use-distributed-optimizer"),

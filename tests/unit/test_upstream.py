@@ -69,6 +69,9 @@ def test_groups_without_parameters_keep_their_place(monkeypatch: pytest.MonkeyPa
     class Optimizer:
         fp32_from_float16_groups: ClassVar[list[list[str]]] = [[], ["a"], [], ["b", "c"]]
 
+        def sharded_state_dict(self) -> dict[str, list[list[str]]]:
+            return {"fp32_from_fp16_params": self.fp32_from_float16_groups, "optimizer": []}
+
         def load_state_dict(self, state: dict[str, list[list[str]]]) -> None:
             self.loaded = state.get("fp32_from_fp16_params")
 
@@ -78,8 +81,16 @@ def test_groups_without_parameters_keep_their_place(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(upstream, "replace", setattr)
     upstream._resume_beside_empty_groups()
     ours = Optimizer()
+    saved = ours.sharded_state_dict()
+    assert saved == {"fp32_from_fp16_params": [["a"], ["b", "c"]], "optimizer": []}
     for saved in ([["A"], ["B", "C"]], [[], ["A"], [], ["B", "C"]]):
         ours.load_state_dict({"fp32_from_fp16_params": saved})
         assert ours.loaded == [[], ["A"], [], ["B", "C"]]
-    ours.load_state_dict({})
-    assert ours.loaded is None
+    for other in ({}, {"fp32_from_fp16": []}):  # not of this version
+        ours.load_state_dict(other)
+        assert ours.loaded is None
+    ours.fp32_from_float16_groups = [[], []]
+    saved = ours.sharded_state_dict()
+    assert saved == {"optimizer": []}
+    ours.load_state_dict(saved)
+    assert ours.loaded == [[], []]
