@@ -73,7 +73,7 @@ def recommend(
     1. Predict every setting whose gap is within the budget, and plain Megatron.
     2. Take the fastest; of those about as fast, the one with the smallest gap.
     3. Leave uncompressed what may be: one boundary after the other, those first of which the step
-       takes notice least, as long as it stays about as fast.
+       takes notice least, as long as it stays about as fast as with that setting everywhere.
     4. Give the boundaries of each remaining link, the fastest first, the measured setting of the
        smallest gap with which the step stays about as fast: of those that differ from the chosen
        one in rank and codecs alone, since projector and anchor are those of all boundaries.

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline_step import Link
 from plan_advice import said_recommendation
@@ -139,7 +140,7 @@ def _said_gaps(plan: Plan) -> str:
     """Which measurement the gaps come from, and what speaks against it."""
     gaps = plan.gaps
     text = (
-        f"Gaps are those of {gaps.path.name}: {gaps.tokens / 1e6:,.1f} M tokens, d = "
+        f"Gaps are those of {Path(*gaps.path.parts[-2:])}: {gaps.tokens / 1e6:,.1f} M tokens, d = "
         f"{gaps.hidden_size}, {gaps.stages} stages, taken to be the same at the same r/d. Yours "
         "will differ, and change with the length of a training."
     )

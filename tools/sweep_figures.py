@@ -4,7 +4,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from math import inf
+from math import hypot, inf
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -15,13 +15,14 @@ from figures import COLOURS, picture, save
 from report_runs import smoothed
 from sweep_results import Row, front, means
 
+_MARKER_SIZE = 7  # points
 _MARKERS = ("o", "s", "^", "D")
 #: Of the runs of one group, by turns: matplotlib's own, then a dash and two dots, and long dashes.
 _LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 4)))
 
 
 #: Setting → tokens and what is drawn at them.
-type Curves = dict[str, list[tuple[int, float]]]
+type _Curves = dict[str, list[tuple[int, float]]]
 
 
 def _group(row: Row) -> str:
@@ -56,11 +57,11 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
 
 
 def within_reach(rows: Sequence[Row]) -> list[Row]:
-    """The rows as drawn: one that would flatten the rest is brought down to above them, and says
-    its gap."""
+    """The rows as drawn: one that would flatten the rest comes down to above them, and says it."""
     ceiling = _ceiling(rows)
     others = [row.gap for row in rows if row.gap is not None and row.gap <= ceiling]
-    above = max(others, default=0.0) + 0.1 * (max(others, default=0.0) - min(others, default=0.0))
+    highest, lowest = max(others, default=0.0), min(others, default=0.0)
+    above = highest + max(0.1 * (highest - lowest), 0.5)
     return [
         dataclasses.replace(
             row, gap=above, gap_spread=None, label=f"{row.label}: {row.gap:+.0f}% ↑"
@@ -85,8 +86,8 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
         own = [row for row in rows if _group(row) == group]
         axes.errorbar(
             [row.ratio for row in own], [row.gap for row in own],
-            yerr=[row.gap_spread or 0.0 for row in own], fmt=marker, color=colour, markersize=7,
-            markeredgecolor="white", elinewidth=1.5, label=group,
+            yerr=[row.gap_spread or 0.0 for row in own], fmt=marker, color=colour,
+            markersize=_MARKER_SIZE, markeredgecolor="white", elinewidth=1.5, label=group,
             zorder=2 + len(looks) - place,  # a list begins with what it is about
         )  # fmt: skip
     # Between two of its settings the cheaper one's loss is not to be had: the step goes up first.
@@ -115,17 +116,17 @@ def _draw_front(figure: Any, axes: Any, rows: Sequence[Row], tokens: int) -> Non
 
 
 def _label(figure: Any, axes: Any, rows: Sequence[Row], line: Any) -> None:
-    """Names each point, in the place around it where it covers least of the others, the line and
-    the legend."""
+    """Names each point where its name covers least, and stands next to no other point."""
     figure.canvas.draw()
     front_line = line.get_path().transformed(line.get_transform())
     legend = axes.get_legend().get_window_extent()
     places = [(7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"),
               (0, 12, "center"), (0, -20, "center")]  # fmt: skip
-    taken = [axes.transData.transform((row.ratio, row.gap)) for row in rows]
+    points = [axes.transData.transform((row.ratio, row.gap)) for row in rows]
+    radius = _MARKER_SIZE / 2 * figure.dpi / 72
     boxes: list[Any] = []
     looks = _looks(rows)
-    for row in rows:
+    for row, own in zip(rows, points, strict=True):
         tries: list[tuple[int, int, Any, Any]] = []
         for x, y, side in places:
             text = axes.annotate(
@@ -134,7 +135,9 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], line: Any) -> None:
             )  # fmt: skip
             box = text.get_window_extent()
             covered = sum(box.overlaps(other) for other in boxes)
-            covered += sum(box.contains(*point) for point in taken)
+            away = [_distance(box, point) for point in points]
+            covered += sum(distance < radius for distance in away)
+            covered += min(away) < _distance(box, own)
             covered += front_line.intersects_bbox(box, filled=False)
             covered += box.overlaps(legend)
             covered += not (axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1)
@@ -144,6 +147,11 @@ def _label(figure: Any, axes: Any, rows: Sequence[Row], line: Any) -> None:
         for *_, text, _ in tries:
             if text is not kept:
                 text.remove()
+
+
+def _distance(box: Any, point: Sequence[float]) -> float:
+    x, y = point
+    return hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:
@@ -175,8 +183,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
                   ylabel="cross-entropy (nats per token)")  # fmt: skip
         first.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         for axes in others:
-            _draw_curves(axes, gaps, pens, reachable)
-            axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
+            _draw_curves(axes, gaps, pens, reachable, zero=True)
             axes.set(title="Training loss above the uncompressed run's", ylabel="%")
     return True
 
@@ -216,13 +223,25 @@ def gaps_while_training(row: Row, rows: Sequence[Row]) -> list[tuple[int, float]
 
 
 def _draw_curves(
-    axes: Any, curves: Curves, pens: dict[str, dict[str, Any]], reachable: set[str]
+    axes: Any,
+    curves: _Curves,
+    pens: dict[str, dict[str, Any]],
+    reachable: set[str],
+    *,
+    zero: bool = False,
 ) -> None:
-    """The axis fits the second half of the curves within reach: others would flatten these."""
+    """The axis fits the second half of the curves within reach: others would flatten these.
+
+    Args:
+        zero: whether it has zero, with a line there.
+    """
     for setting, curve in curves.items():
         axes.plot([n / 1e6 for n, _ in curve], [value for _, value in curve], **pens[setting])
     shown = [curve for setting, curve in curves.items() if setting in reachable]
     late = [value for curve in shown or curves.values() for _, value in curve[len(curve) // 2 :]]
+    if zero:
+        axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
+        late.append(0.0)
     margin = 0.1 * (max(late) - min(late)) + 1e-3
     axes.set(xlabel="tokens (millions)", ylim=(min(late) - margin, max(late) + margin))
     axes.grid(axis="y", alpha=0.25)

@@ -84,7 +84,7 @@ def test_equals_the_pipeline(cluster: Cluster, tmp_path: Path, name: str) -> Non
 def test_equals_the_pipeline_in_the_settings_of_the_sweeps(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """The optimizers, the dtype and the boundaries of tools/sweeps/headline.toml."""
+    """The optimizers and the dtype of tools/sweeps/headline.toml, with the default boundaries."""
     sweep = (Path(__file__).parents[2] / "tools" / "sweeps" / "headline.toml").read_text()
     flags = tomllib.loads(sweep)["training"]["flags"]
     assert "--bf16" in flags and "--optimizer muon" in flags

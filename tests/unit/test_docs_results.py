@@ -273,7 +273,8 @@ def test_gaps_to_the_better_model_are_those_of_the_runs() -> None:
     assert f"the gaps are {two} at 2×, {four} at 4×, {eight} at 8× and {sixteen} at 16×" in results
     readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
     assert (
-        f"the defaults' gaps are {four}, {eight} and {sixteen}, and that at 2× is {two}" in readme
+        f"the defaults' gaps are {four}, {eight} and {sixteen}, and the gap at 2× is {two}"
+        in readme
     )
     limits = re.sub(r"\s+", " ", (DOCS / "limits.md").read_text())
     assert f"the gaps are {four} at 4× and {eight} at 8×" in limits

@@ -72,6 +72,21 @@ def test_a_faster_link_gets_a_setting_that_loses_less() -> None:
     assert advice.prediction.seconds <= fastest * (1 + TOLERANCE)
 
 
+def test_a_boundary_may_cost_a_little_of_the_chosen_settings_time() -> None:
+    """Chosen is mapl-8x, some 1% slower than mapl-8x-fixed, for its smaller gap."""
+    job = dataclasses.replace(JOB, global_batch_size=64)
+    links = machine(10_000, 500, 10_000, job=job)
+    settings = {setting.name: setting for setting in GAPS.carried_over(1024)}
+    advice = recommend(job, links, list(settings.values()), 1.0)
+    names = [setting and setting.name for setting in advice.boundaries]
+    assert names == [None, "mapl-8x", "mapl-8x"]
+    chosen, fastest = (
+        predict(job, settings[name], links).seconds for name in ("mapl-8x", "mapl-8x-fixed")
+    )
+    assert fastest < chosen < fastest * (1 + TOLERANCE) < advice.prediction.seconds
+    assert advice.prediction.seconds <= chosen * (1 + TOLERANCE)
+
+
 @pytest.mark.parametrize("budget", [0.5, 1.0, 3.0, 5.0, 10.0])
 @pytest.mark.parametrize("mbit", [(100, 3000, 10000), (50, 200, 1000), (100, 1000, 100)])
 def test_settings_of_boundaries_fit_each_other(mbit: tuple[float, ...], budget: float) -> None:
