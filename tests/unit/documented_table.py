@@ -95,6 +95,7 @@ TABLE = {
         "tests/distributed/test_virtual_stages.py::test_equals_the_pipeline"
     ),
     'python tools/demo.py --mapl-flags …FLAGS --eval-iters 16 --seed SEED"': HOURS,
+    'python tools/demo.py --mapl-flags … --mapl-flags "--mapl-rank 66 ANCHORS"': HOURS,
     # Results
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/english": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/source": _SWEEP_RUNS,
