@@ -4,7 +4,7 @@
     python tools/sweep.py LIST.toml --output DIR [--data PREFIX] [--only NAME ...]
         [--workers N] [--seconds S] [--retry] [--redo NAME ...] [--report-only]
 
-The list (tools/sweeps has two; tools/sweep_list.py says what may stand in one) names the settings;
+The list (tools/sweeps has some; tools/sweep_list.py says what may stand in one) names the settings;
 PREFIX is a dataset of tools/prepare_data.py. Each run has a folder of its own in DIR. Ctrl-C,
 SIGTERM and --seconds have the runs save and end; called again, what is finished is left alone, and
 the rest goes on where it was. A run that crashed is told, and stays so until --retry.

@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mapl.config import LEARNED
+
 HIDDEN = 64
 
 MODEL = (
@@ -40,7 +42,7 @@ def with_plain_boundaries(command: list[str]) -> list[str]:
 def _exchanges(command: list[str]) -> bool:
     """Whether the two sides of a boundary send each other anything of the projector's."""
     projectors = [b for a, b in pairwise(command) if a == "--mapl-projector"]
-    learns = not projectors or projectors[-1] in ("learned", "unconstrained")
+    learns = not projectors or projectors[-1] in LEARNED
     return learns or "--mapl-projector-start-step" in command
 
 

@@ -29,10 +29,23 @@ def _section(title: str) -> str:
     return _after((DOCS / "results.md").read_text(), title)
 
 
+def _runs(corpus: str) -> list[dict[str, Any]]:
+    """The finished runs that docs/results keeps."""
+    rows = json.loads((DOCS / "results" / corpus / "results.json").read_text())
+    return [row for row in rows if row["state"] == "finished"]
+
+
 def _source() -> dict[str, dict[str, Any]]:
     """Runs on source code with the first seed, by setting."""
-    rows = json.loads((DOCS / "results" / "source" / "results.json").read_text())
-    return {row["setting"]: row for row in rows if row["seed"] == 1234}
+    return {row["setting"]: row for row in _runs("source") if row["seed"] == 1234}
+
+
+def _mean_gaps(corpus: str) -> dict[str, float]:
+    """Setting → mean over its seeds."""
+    gaps: dict[str, list[float]] = {}
+    for row in _runs(corpus):
+        gaps.setdefault(row["setting"], []).append(row["gap"])
+    return {setting: mean(own) for setting, own in gaps.items()}
 
 
 def _percent(number: float) -> str:
@@ -49,9 +62,8 @@ def _numbers(cell: str) -> list[float]:
 )
 def test_tables_are_those_of_the_runs(title: str, corpus: str) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in json.loads((DOCS / "results" / corpus / "results.json").read_text()):
-        if row["state"] == "finished":
-            rows.setdefault(row["setting"], []).append(row)
+    for row in _runs(corpus):
+        rows.setdefault(row["setting"], []).append(row)
     section, found = _section(title), set()
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -69,19 +81,15 @@ def test_tables_are_those_of_the_runs(title: str, corpus: str) -> None:
 
 
 def test_the_table_of_all_runs_has_them_all() -> None:
-    def load(path: Path) -> list[dict[str, Any]]:
-        return [row for row in json.loads(path.read_text()) if row["state"] == "finished"]
-
-    kept = DOCS / "results"
-    search = load(kept / "search" / "results.json")
+    search = _runs("search")
     (base,) = [row["loss"] for row in search if row["setting"] == "uncompressed"]
     expected = [
-        *(("source", "Muon", row) for row in load(kept / "source" / "results.json")),
-        *(("English", "Muon", row) for row in load(kept / "english" / "results.json")),
-        *(("source", "Adam", row) for row in load(kept / "adam" / "results.json")),
+        *(("source", "Muon", row) for row in _runs("source")),
+        *(("English", "Muon", row) for row in _runs("english")),
+        *(("source", "Adam", row) for row in _runs("adam")),
         *(("source", "Muon", row) for row in search),
     ]
-    for row in load(kept / "geometry" / "results.json"):
+    for row in _runs("geometry"):
         gap = 100 * (row["loss"] / base - 1)
         expected.append(
             ("source", "Muon", row | {"gap": gap, "setting": f"{row['setting']} in bf16"})
@@ -114,15 +122,8 @@ def _percent_or_dash(number: float | None) -> str:
 
 def test_readme_and_guide_say_the_same() -> None:
     """Means over seeds, of source code and of English."""
-    gaps: dict[str, dict[str, float]] = {}
-    ratios: dict[str, float] = {}
-    for corpus in ("source", "english"):
-        rows_of: dict[str, list[dict[str, Any]]] = {}
-        for row in json.loads((DOCS / "results" / corpus / "results.json").read_text()):
-            if row["gap"] is not None:
-                rows_of.setdefault(row["setting"], []).append(row)
-                ratios.setdefault(row["setting"], row["ratio"])
-        gaps[corpus] = {name: mean(row["gap"] for row in own) for name, own in rows_of.items()}
+    gaps = {corpus: _mean_gaps(corpus) for corpus in ("source", "english")}
+    ratios = {name: row["ratio"] for name, row in _source().items()}
     readme, guide = (ROOT / "README.md").read_text(), (DOCS / "choosing.md").read_text()
     (table,) = re.findall(r"(?:^\|.*\n)+", _after(readme, "Quality at"), flags=re.MULTILINE)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -141,10 +142,7 @@ def test_the_log_of_the_search_has_its_gaps() -> None:
     """Flags of tools/sweeps/search.toml, figures of docs/search.md."""
     listed = sweep_list.read(ROOT / "tools" / "sweeps" / "search.toml", None, to_run=False)
     flags = {run.setting: list(run.flags) for run in listed.runs}
-    rows = {
-        row["setting"]: row
-        for row in json.loads((DOCS / "results" / "search" / "results.json").read_text())
-    }
+    rows = {row["setting"]: row for row in _runs("search")}
     assert rows and all(row["flags"] == flags[name] for name, row in rows.items())
     found = 0
     for line in (DOCS / "search.md").read_text().splitlines():
@@ -223,17 +221,13 @@ def test_each_baseline_loses_more_than_one_of_ours_that_sends_fewer_bytes() -> N
     listed = (ROOT / "tools" / "sweeps" / "headline.toml").read_text()
     assert len(baselines) + len(ours) + len(others) == listed.count("[[run]]")
     for row in baselines:
-        assert any(r["ratio"] > row["ratio"] and r["gap"] < row["gap"] for r in ours), row[
-            "setting"
-        ]
+        better = [own for own in ours if own["ratio"] > row["ratio"] and own["gap"] < row["gap"]]
+        assert better, row["setting"]
 
 
 def test_budgets_are_summed_up_as_measured() -> None:
     """The table of what others and ours lose at about one ratio, means over seeds."""
-    rows: dict[str, list[float]] = {}
-    for row in json.loads((DOCS / "results" / "source" / "results.json").read_text()):
-        rows.setdefault(row["setting"], []).append(row["gap"])
-    gaps = {name: mean(own) for name, own in rows.items()}
+    gaps = _mean_gaps("source")
     about = dict(re.findall(r"^\| (\d+×) \| (.*) \|$", _section("Source code"), re.MULTILINE))
 
     def said(*names: str) -> list[float]:

@@ -13,7 +13,7 @@ import plan
 import plan_settings
 from mapl.plan import plan_boundaries
 from plan_settings import Setting
-from tests.unit.plan_cases import DOCS, JOB
+from tests.unit.plan_cases import DOCS, JOB, ROOT
 
 FLAGS = (
     "--num-layers 8 --hidden-size 1024 --num-attention-heads 8 --seq-length 1024 --swiglu "
@@ -57,6 +57,18 @@ def test_text_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "bandwidth" in plain["bottleneck"]
     assert best["flags"] in text
     assert "100.7 M tokens, d = 768, 4 stages" in text
+
+
+def test_direct_int8_is_predicted_where_it_was_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ROOT / "docs" / "results" / "search" / "results.json"
+    assert call(tmp_path, FLAGS + SLOW + FAST + f" --gaps {search}") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Gaps are those of search/results.json: 39.3 M tokens" in text
+    by_name = {entry["setting"]: entry for entry in written(tmp_path)["settings"]}
+    assert by_name["direct int8"]["ratio"] == pytest.approx(1.94, abs=0.01)
+    assert by_name["direct int8"]["gap"] is None and by_name["bigram-r248"]["gap"] is not None
 
 
 def test_flags_to_paste_are_read_again(tmp_path: Path) -> None:

@@ -63,10 +63,7 @@ def test_a_faster_link_gets_a_setting_that_loses_less() -> None:
     assert "--mapl-rank 160 160 960 " in advice.command_line
     assert "--mapl-backward-codec int4 int4 int8" in advice.command_line
     # No better than the worst of its settings.
-    assert (advice.measured.name, advice.measured.gap) == (
-        "mapl-16x",
-        pytest.approx(2.82, abs=0.01),
-    )
+    assert advice.measured.name == "mapl-16x" and f"{advice.measured.gap:.2f}" == "2.82"
     assert advice.prediction.setting.gap == advice.measured.gap
     fastest = min(predict(JOB, s, one).seconds for s in settings if s.gap and s.gap <= 3)
     assert advice.prediction.seconds <= fastest * (1 + TOLERANCE)

@@ -261,8 +261,11 @@ def test_one_hopeless_setting_does_not_flatten_the_rest() -> None:
     sweep_figures._draw_front(figure, axes, [*few, row(43.4, 8.0), row(30.0, 16.0)], 100)
     heights = [float(y) for line in axes.lines for y in line.get_ydata()]
     assert max(heights) == 3.5
-    names = {text.get_text(): text for text in axes.texts}
-    assert set(names) == {*(r.label for r in few), "43.4: +43% ↑", "30.0: +30% ↑"}
+    assert {text.get_text() for text in axes.texts} == {
+        *(r.label for r in few),
+        "43.4: +43% ↑",
+        "30.0: +30% ↑",
+    }
     (steps,) = [line for line in axes.lines if line.get_label() == "front"]
     assert list(steps.get_xdata()) == [2.0, 16.0]
 
