@@ -99,6 +99,7 @@ TABLE = {
     # Results
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/english": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/headline.toml … --data data/source": _SWEEP_RUNS,
+    "python tools/sweep.py tools/sweeps/anchors.toml … --data data/source": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/adam.toml … --data data/source": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/short.toml … --data data/english": _SWEEP_RUNS,
     "python tools/sweep.py tools/sweeps/… --report-only": (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and pictures of results say what docs/results holds of the runs."""
 
+import argparse
 import json
 import re
 import shutil
@@ -9,10 +10,12 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 
 import report
 import sweep
 import sweep_list
+from mapl.anchors import build_anchor
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -38,6 +41,23 @@ def _runs(corpus: str) -> list[dict[str, Any]]:
 def _source() -> dict[str, dict[str, Any]]:
     """Runs on source code with the first seed, by setting."""
     return {row["setting"]: row for row in _runs("source") if row["seed"] == 1234}
+
+
+def _anchors() -> list[dict[str, Any]]:
+    """Runs of anchors.toml that headline.toml has not."""
+    headline = [row["setting"] for row in _runs("source")]
+    return [row for row in _runs("anchors") if row["setting"] not in headline]
+
+
+def _gaps_at_evaluations(corpus: str, setting: str, seed: int = 1234) -> list[str]:
+    def losses(name: str) -> list[float]:
+        seeded = DOCS / "results" / corpus / f"{name}-s{seed}"
+        folder = seeded if seeded.exists() else seeded.with_name(name)
+        result = json.loads((folder / "result.json").read_text())
+        return [loss for _, loss in result["validation"]]
+
+    pairs = zip(losses(setting), losses("uncompressed"), strict=True)
+    return [_percent(100 * (own / base - 1)) for own, base in pairs]
 
 
 def _mean_gaps(corpus: str) -> dict[str, float]:
@@ -84,7 +104,7 @@ def test_the_table_of_all_runs_has_them_all() -> None:
     search = _runs("search")
     (base,) = [row["loss"] for row in search if row["setting"] == "uncompressed"]
     expected = [
-        *(("source", "Muon", row) for row in _runs("source")),
+        *(("source", "Muon", row) for row in _runs("source") + _anchors()),
         *(("English", "Muon", row) for row in _runs("english")),
         *(("source", "Adam", row) for row in _runs("adam")),
         *(("source", "Muon", row) for row in search),
@@ -159,29 +179,64 @@ def test_the_log_of_the_search_has_its_gaps() -> None:
 
 
 def test_gaps_over_training_are_those_of_the_evaluations() -> None:
-    def at_evaluations(run: str) -> list[float]:
-        path = DOCS / "results" / "source" / run / "result.json"
-        return [loss for _, loss in json.loads(path.read_text())["validation"]]
-
     found = 0
     for line in _section("Source code").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) != 5 or not cells[1].endswith("%"):
             continue
         name, _, seed = cells[0].partition(", seed ")
-        folder = name.strip("`")
-        seeded = DOCS / "results" / "source" / f"{folder}-s{seed or 1234}"
-        own = at_evaluations(seeded.name if seeded.exists() else folder)
-        base = at_evaluations(f"uncompressed-s{seed or 1234}")
-        gaps = [100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
-        assert cells[1:] == [_percent(gap) for gap in gaps]
+        assert cells[1:] == _gaps_at_evaluations("source", name.strip("`"), int(seed or 1234))
         found += 1
     assert found == 13
 
 
+def _table_parameters(flags: list[str]) -> int:
+    """Of one stage, with 32,000 tokens and d = 768."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mapl-anchor", default="bigram")
+    parser.add_argument("--mapl-anchor-rank", type=int, default=768 // 4)
+    parser.add_argument("--mapl-anchor-buckets", type=int)
+    args, _ = parser.parse_known_args(flags)
+    anchor = build_anchor(
+        args.mapl_anchor,
+        vocab_size=32000,
+        hidden_size=768,
+        anchor_rank=args.mapl_anchor_rank,
+        buckets=args.mapl_anchor_buckets,
+        generator=torch.Generator(),
+    )
+    return sum(parameter.numel() for parameter in anchor.parameters())
+
+
+def test_what_wider_anchors_came_to() -> None:
+    """Sizes of tables, and gaps, in docs/search.md."""
+    section = _after((DOCS / "search.md").read_text(), "Wider anchors")
+    settings = {"factorized-8x": "source", "mapl-8x": "anchors"}
+    settings |= {row["setting"]: "anchors" for row in _anchors()}
+    rows = {row["setting"]: row for row in _runs("source") + _anchors() if row["seed"] == 1234}
+    for name, corpus in settings.items():
+        (line,) = re.findall(rf"^\| `{name}` \| (.*) \|$", section, re.MULTILINE)
+        _, parameters, _, before, last = line.split(" | ")
+        assert parameters == f"{_table_parameters(rows[name]['flags']) / 1e6:.1f} M"
+        assert [*before.split(", "), last] == _gaps_at_evaluations(corpus, name)
+
+
+def test_runs_that_two_lists_share_are_the_same() -> None:
+    for run in ("uncompressed-s1234", "uncompressed-s1235", "mapl-8x-s1234", "mapl-8x-s1235"):
+        for name in ("run.json", "result.json"):
+            one, other = (DOCS / "results" / c / run / name for c in ("source", "anchors"))
+            assert one.read_text() == other.read_text()
+
+
 @pytest.mark.parametrize(
     ("corpus", "listed"),
-    [("source", "headline"), ("english", "short"), ("adam", "adam"), ("geometry", "geometry")],
+    [
+        ("source", "headline"),
+        ("anchors", "anchors"),
+        ("english", "short"),
+        ("adam", "adam"),
+        ("geometry", "geometry"),
+    ],
 )
 def test_tables_are_made_again_from_what_is_kept(corpus: str, listed: str, tmp_path: Path) -> None:
     kept, made = DOCS / "results" / corpus, tmp_path / corpus
