@@ -16,6 +16,7 @@ import report
 import sweep
 import sweep_list
 from mapl.anchors import build_anchor
+from mapl.config import MaplConfig
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -193,7 +194,7 @@ def test_gaps_over_training_are_those_of_the_evaluations() -> None:
 def _table_parameters(flags: list[str]) -> int:
     """Of one stage, with 32,000 tokens and d = 768."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mapl-anchor", default="bigram")
+    parser.add_argument("--mapl-anchor", default=MaplConfig.anchor)
     parser.add_argument("--mapl-anchor-rank", type=int, default=768 // 4)
     parser.add_argument("--mapl-anchor-buckets", type=int)
     args, _ = parser.parse_known_args(flags)
@@ -222,10 +223,27 @@ def test_what_wider_anchors_came_to() -> None:
 
 
 def test_runs_that_two_lists_share_are_the_same() -> None:
-    for run in ("uncompressed-s1234", "uncompressed-s1235", "mapl-8x-s1234", "mapl-8x-s1235"):
-        for name in ("run.json", "result.json"):
-            one, other = (DOCS / "results" / c / run / name for c in ("source", "anchors"))
-            assert one.read_text() == other.read_text()
+    source, anchors = (
+        {path.relative_to(DOCS / "results" / corpus): path.read_text() for path in files}
+        for corpus in ("source", "anchors")
+        for files in [(DOCS / "results" / corpus).glob("*/*.json")]
+    )
+    shared = source.keys() & anchors.keys()
+    assert len(shared) == 2 * 4  # two seeds of two settings
+    assert all(source[path] == anchors[path] for path in shared)
+
+
+def test_the_guide_says_what_wider_anchors_came_to() -> None:
+    rows = _runs("source") + _anchors()
+    gaps = {row["setting"]: row["gap"] for row in rows if row["seed"] == 1234}
+    text = re.sub(r"\s+", " ", (DOCS / "choosing.md").read_text())
+    for said, one, other in (
+        ("points worse than the defaults at", "bigram-full-8x", "mapl-8x"),
+        ("points worse at as many", "bigram-full-8192-8x", "mapl-8x"),
+        ("points better than factorised ones", "factorized-8x", "full-8x"),
+        ("points worse than the defaults, with", "full-8x", "mapl-8x"),
+    ):
+        assert f" {gaps[one] - gaps[other]:.1f} {said}" in text
 
 
 @pytest.mark.parametrize(
