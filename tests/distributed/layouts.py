@@ -6,11 +6,12 @@ from itertools import pairwise
 
 from mapl.config import LEARNED
 
-HIDDEN = 64
+HIDDEN, SEQUENCE = 64, 32
 
 MODEL = (
-    f"--num-layers 4 --hidden-size {HIDDEN} --num-attention-heads 4 --seq-length 32 "
-    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 16 --train-iters 4 "
+    f"--num-layers 4 --hidden-size {HIDDEN} --num-attention-heads 4 "
+    f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 4 "
     "--lr 3e-3 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --mock-data "
     "--tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1 --eval-iters 1 "
     "--eval-interval 100 --position-embedding-type rope --swiglu --normalization RMSNorm "
@@ -60,6 +61,23 @@ class Layout:
     arguments: str
     without: tuple[str, ...] = ()
 
+    @property
+    def samples(self) -> int:
+        """The number of samples of a step."""
+        return self._size("--global-batch-size")
+
+    @property
+    def micro_batches(self) -> int:
+        """The number of micro-batches of a step in each replica."""
+        ranks = self._size("--pipeline-model-parallel-size")
+        ranks *= self._size("--tensor-model-parallel-size")
+        return self.samples // self._size("--micro-batch-size") // (self.world_size // ranks)
+
+    def _size(self, flag: str) -> int:
+        """What a flag is set to, 1 if it is not."""
+        command = self.bare_command()
+        return int([b for a, b in pairwise(command) if a == flag][-1] if flag in command else 1)
+
     def command(self, *more: str) -> list[str]:
         """The whole command line, with `PLAIN_BOUNDARIES` unless it has its own."""
         return with_plain_boundaries(self.bare_command(*more))
@@ -74,6 +92,8 @@ PP2 = "--pipeline-model-parallel-size 2"
 PP4 = "--pipeline-model-parallel-size 4"
 VPP = "--num-virtual-stages-per-pipeline-rank 2"
 DIST_OPT = "--use-distributed-optimizer"
+#: Of four micro-batches each. With one alone, some of four stages would never leave the warm-up.
+TWO_GROUPS = "--global-batch-size 16"
 
 LAYOUTS = {
     "pp2": Layout(2, PP2),
@@ -81,9 +101,11 @@ LAYOUTS = {
     "pp2-vpp2-flush": Layout(2, f"{PP2} --overlap-p2p-communication-warmup-flush {VPP}"),
     "pp2-vpp2-overlapped": Layout(2, f"{PP2} {VPP}"),
     "pp2-vpp2-group4": Layout(
-        2, f"{PP2} {VPP} --microbatch-group-size-per-virtual-pipeline-stage 4"
+        2, f"{PP2} {VPP} --microbatch-group-size-per-virtual-pipeline-stage 4 {TWO_GROUPS}"
     ),
-    "pp4-vpp2": Layout(4, f"{PP4} {VPP} --no-overlap-p2p-communication --num-layers 8"),
+    "pp4-vpp2": Layout(
+        4, f"{PP4} {VPP} --no-overlap-p2p-communication --num-layers 8 {TWO_GROUPS}"
+    ),
     "tp2-pp2": Layout(4, f"{PP2} --tensor-model-parallel-size 2"),
     "tp2-sp-pp2": Layout(4, f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2-dp2": Layout(4, PP2),

@@ -21,7 +21,7 @@ from mapl.parcel import ParcelChannel
 from mapl.payload import HEADER_WORDS, WORD, Direction
 
 #: The number of the damaged activation or gradient; of the projector's gradients it is the first.
-VICTIM = 3
+VICTIM = 2
 #: The step, from 0, whose projector gradient is not a number.
 NAN_STEP = 1
 
@@ -155,14 +155,16 @@ def unbatched_transfers(record: dict[str, Any]) -> None:
 
 
 def _signal_in_step_3(signal_number: int) -> None:
-    """In the process `VICTIM_RANK`, while it packs its third payload of the third step."""
+    """In the process `VICTIM_RANK`, while it packs the payload in the middle of the third step."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
     pack = Channel.pack_body
     if os.environ["RANK"] != os.environ["VICTIM_RANK"]:
         return
-    micro_batches = 8
 
     def pack_and_fall(self: Channel, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.sent == 2 * micro_batches + 2:
+        micro_batches = get_num_microbatches()
+        if self.sent == 2 * micro_batches + micro_batches // 2:
             os.kill(os.getpid(), signal_number)
         return pack(self, *args, **kwargs)
 

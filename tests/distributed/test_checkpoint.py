@@ -223,6 +223,7 @@ def test_fresh_changes_nothing_where_the_checkpoint_fits(
 def test_another_padding_of_the_vocabulary(cluster: Cluster, tmp_path: Path) -> None:
     """150 tokens are padded to 192 rows for one tensor parallel rank, to 256 for two."""
     more = "--vocab-size 150 --make-vocab-size-divisible-by 64"
+    more += " --global-batch-size 16"  # two steps must gain more than the rows that are new cost
     saved = cluster.run(
         2, LAYOUTS["pp2"].command(MAPL, SAVE, more, f"--save {tmp_path} --exit-interval 2")
     )

@@ -32,8 +32,10 @@ from layouts import PP2, VPP, Layout
 RANK = 16
 ONE = "model.safetensors"
 SEQUENCE = 32
+SAMPLES = 16  # of an evaluation
 
 SAVE_ONCE = "--save-interval 1000 --ckpt-format torch_dist"
+EVALUATION = f"--eval-global-batch-size {SAMPLES}"
 ROPE_SCALING = "--rotary-base 5000 --use-rope-scaling --rope-scaling-factor 4"
 WITH_DATA = Layout(
     4, f"{PP2} --tensor-model-parallel-size 2", without=("--mock-data", "--split", "90,5,5")
@@ -67,7 +69,7 @@ class Trained:
 
 
 def train(cluster: Cluster, folder: Path, layout: Layout, *more: str) -> Trained:
-    command = layout.bare_command(SAVE_ONCE, f"--save {folder}", *more)
+    command = layout.bare_command(SAVE_ONCE, EVALUATION, f"--save {folder}", *more)
     return Trained(folder, cluster.run(layout.world_size, command, tamper="note_logits"))
 
 
@@ -101,7 +103,7 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text in a tokenizer of its own; the validation part is 16 sequences of one document."""
+    """Text in a tokenizer of its own; the validation part is one evaluation, of one document."""
     folder = tmp_path_factory.mktemp("corpus")
     text = Path(prepare_data.__file__).read_text() + Path(convert_to_hf.__file__).read_text()
     for number in range(8):
@@ -110,8 +112,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--vocab-size", "512", "--valid-fraction", "0.5", "--workers", "1"]
     assert prepare_data.main(["--input", str(folder), "--output-prefix", str(prefix), *sizes]) == 0
     datasets = prepare_data._import_indexed_dataset()
-    tokens = np.fromfile(f"{prefix}_valid.bin", np.uint16)[: 16 * SEQUENCE + 1]
-    assert len(tokens) == 16 * SEQUENCE + 1
+    tokens = np.fromfile(f"{prefix}_valid.bin", np.uint16)[: SAMPLES * SEQUENCE + 1]
+    assert len(tokens) == SAMPLES * SEQUENCE + 1
     short = folder / "short"
     builder = datasets.IndexedDatasetBuilder(f"{short}.bin", dtype=np.uint16)
     builder.add_document(torch.from_numpy(tokens.astype(np.int32)), [len(tokens)])
@@ -217,7 +219,7 @@ def test_loss_is_megatrons_validation_loss(defaults: Trained, exact: Path) -> No
     record = json.loads((exact / "mapl_conversion.json").read_text())
     print(f"loss: {record['loss']['trained']}, Megatron's {defaults.result.validation[0]}")
     assert record["loss"]["trained"] == pytest.approx(defaults.result.validation[0], rel=1e-6)
-    assert record["data"]["samples"] == 16
+    assert record["data"]["samples"] == SAMPLES
     model = load(exact)
     with torch.no_grad():
         losses = [float(model(ids[None], labels=ids[None]).loss) for ids in defaults.ids]
@@ -425,8 +427,8 @@ def imported(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 RUN = (
-    "--micro-batch-size 2 --global-batch-size 16 --train-iters 2 --lr 1e-4 --log-interval 1 "
-    "--eval-iters 1 --eval-interval 100 --num-workers 0"
+    f"--micro-batch-size 2 --global-batch-size {SAMPLES} --train-iters 2 --lr 1e-4 "
+    "--log-interval 1 --eval-iters 1 --eval-interval 100 --num-workers 0"
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster import Cluster, Result
-from layouts import HIDDEN, LAYOUTS
+from layouts import HIDDEN, LAYOUTS, SEQUENCE
 from mapl.codecs import CodecSettings
 from mapl.traffic import KINDS
 from traffic_budget import Job, budget
@@ -156,7 +156,8 @@ def test_each_boundary_its_own_rank(cluster: Cluster) -> None:
     held = copies(result)
     assert {boundary: state[0]["A"].shape[1] for boundary, state in held.items()} == {1: 16, 2: 32}
     first, second, third = result.traffic["boundaries"]
-    tokens = 16 * 32 * 4 + 16 * 32 * 2  # training, and evaluation on the way forward
+    # Four steps of training, and two evaluations, on the way forward.
+    tokens = (4 + 2) * layout.samples * SEQUENCE
     assert first["forward"]["latents"] == tokens * HIDDEN * 4
     assert first["forward"]["ids"] == tokens  # 256 tokens: ids of one byte
     assert second["forward"]["latents"] == tokens * RANK * 4
@@ -187,8 +188,8 @@ def test_only_projector_and_anchors_differ_from_plain(cluster: Cluster) -> None:
 
 
 def test_evaluation_with_another_micro_batch_size(cluster: Cluster) -> None:
-    layout = LAYOUTS["pp2"]
-    more = "--eval-micro-batch-size 4 --eval-global-batch-size 8 --eval-interval 2"
+    layout = LAYOUTS["pp2"]  # in training four of 2, here three of 4
+    more = "--eval-micro-batch-size 4 --eval-global-batch-size 12 --eval-interval 2"
     plain = cluster.run(2, layout.command(more), plain=True)
     mapl = cluster.run(2, layout.command(more, f"--mapl-rank {HIDDEN} --mapl-anchor none"))
     assert mapl.validation == pytest.approx(plain.validation, rel=1e-6)
@@ -221,14 +222,15 @@ def test_traffic_budget_is_what_a_job_sends(cluster: Cluster, codec: str) -> Non
     forward = "pipeline" if codec == "lowrank" else codec
     flags = f"--mapl-rank {RANK} --mapl-forward-codec {forward} --mapl-backward-codec {codec}"
     own = {"topk": "--mapl-topk 3", "lowrank": "--mapl-lowrank-q 3"}.get(codec, "")
-    result = cluster.run(4, LAYOUTS["tp2-pp2"].command(flags, own))
+    layout = LAYOUTS["tp2-pp2"]
+    result = cluster.run(4, layout.command(flags, own))
     planned = budget(
         Job(
             hidden_size=HIDDEN,
             rank=RANK,
             vocab_size=256,
-            micro_batch_tokens=64,
-            step_tokens=512,
+            micro_batch_tokens=2 * SEQUENCE,
+            step_tokens=layout.samples * SEQUENCE,
             dtype="fp32",
             tensor_model_parallel_size=2,
             forward_codec=forward,
@@ -291,4 +293,5 @@ def test_attention_through_torch(cluster: Cluster) -> None:
         tamper="torch_attention",
     )
     assert result.losses == pytest.approx(own.losses, rel=1e-5)
-    assert result.losses != own.losses  # it was another way
+    one, other = (copies(run)[0][0]["A"] for run in (result, own))
+    assert not torch.equal(one, other)  # it was another way

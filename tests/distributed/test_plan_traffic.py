@@ -44,7 +44,7 @@ def test_bytes_of_each_boundary(cluster: Cluster, name: str) -> None:
     split = 2 if layout == "tp2-pp2" else 1
     job = Job(
         num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, vocab_size=256,
-        micro_batch_size=2, global_batch_size=16, swiglu=True, dtype="fp32",
+        micro_batch_size=2, global_batch_size=LAYOUTS[layout].samples, swiglu=True, dtype="fp32",
         pipeline_model_parallel_size=LAYOUTS[layout].world_size // split,
         tensor_model_parallel_size=split,
         num_virtual_stages_per_pipeline_rank=2 if "vpp2" in layout else 1,

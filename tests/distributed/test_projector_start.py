@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster import Cluster, Result
-from layouts import HIDDEN, LAYOUTS, Layout
+from layouts import HIDDEN, LAYOUTS, SEQUENCE, Layout
 from mapl.geometry import (
     best_energy,
     leading_directions,
@@ -93,7 +93,8 @@ def test_layouts(cluster: Cluster, name: str, more: str, boundaries: int, copies
     result = cluster.run(layout.world_size, start, tamper="note_what_is_sent")
     # In 16 bits the anchors that are noted are rounded; V is so by its exchange.
     rel = 1e-3 if "bf16" in (name, *more.split()) else 1e-6
-    tokens = 16 * 32 * (2 if name == "tp2-pp2" else 1)  # both of its ranks hold all of them
+    # Both ranks of tp2-pp2 hold all of them.
+    tokens = layout.samples * SEQUENCE * (2 if name == "tp2-pp2" else 1)
     assert_the_best_of_each_step(result, 2, boundaries, tokens, rel)
     assert_sides_equal(result, boundaries, copies_each)
     assert result.losses[:2] == without.losses[:2] and result.losses[2:] != without.losses[2:]

@@ -102,7 +102,7 @@ def test_an_emulated_network_changes_no_loss(cluster: Cluster, name: str) -> Non
             layout.world_size, layout.command(flags, network), tamper="count_emulated_sends"
         )
         # All processes send each step's micro-batches, forward, back, or both; and evaluate.
-        assert all(record["emulated_sends"] >= 4 * 4 for record in slow.records)
+        assert all(record["emulated_sends"] >= 4 * layout.micro_batches for record in slow.records)
         assert slow.losses == fast.losses
         assert slow.validation == fast.validation
         if not flags:
@@ -138,7 +138,8 @@ def test_staged_transfers_change_no_loss(
     layout = LAYOUTS[name]
     direct = cluster.run_once(layout.world_size, layout.command(flags))
     staged = cluster.run(layout.world_size, layout.command(flags), tamper=tamper)
-    assert all(record["staged"] >= 4 * 8 for record in staged.records)
+    # Of each micro-batch a process sends one or more and receives as many.
+    assert all(record["staged"] >= 4 * 2 * layout.micro_batches for record in staged.records)
     assert staged.losses == direct.losses
     assert staged.validation == direct.validation
 

@@ -8,7 +8,8 @@ from cluster import Cluster, Result
 from layouts import LAYOUTS
 from tests.unit import independent_reader as page
 
-RANK, VOCABULARY, STEPS, MICRO_BATCHES = 16, 256, 4, 8
+LAYOUT = LAYOUTS["pp2"]
+RANK, VOCABULARY, STEPS, MICRO_BATCHES = 16, 256, 4, LAYOUT.micro_batches
 TOKENS, HIDDEN, RATE = 32 * 2, 64, 3e-3
 GROUPS, ROUNDS, CODES, ENTRIES = 4, 2, 16, 3
 #: Bytes of a body of rvq in fp32: entries, scales, codes of 4 bits.
@@ -28,7 +29,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def result(cluster: Cluster) -> Result:
-    return cluster.run(2, LAYOUTS["pp2"].command(FLAGS), tamper="note_messages")
+    return cluster.run(2, LAYOUT.command(FLAGS), tamper="note_messages")
 
 
 def payloads(result: Result, rank: int) -> list[page.Payload]:
