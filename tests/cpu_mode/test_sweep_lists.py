@@ -10,7 +10,6 @@ from tests.cpu_mode.flag_parsing import Parse
 
 LISTS = Path(__file__).parent.parent.parent / "tools" / "sweeps"
 
-
 #: --lr and --decoupled-lr of each list.
 RATES: dict[str, tuple[float, float | None]] = {
     "headline": (0.02, 0.01),
@@ -26,8 +25,9 @@ RATES: dict[str, tuple[float, float | None]] = {
 def test_flags_are_taken(name: str, tmp_path: Path, parse: Parse) -> None:
     (tmp_path / "data.json").write_text("{}")
     (tmp_path / "data.model").touch()
-    plan = sweep_list.read(LISTS / f"{name}.toml", tmp_path / "data")
-    assert len(plan.runs) >= (LISTS / f"{name}.toml").read_text().count("[[run]]") > 0
+    path = LISTS / f"{name}.toml"
+    plan = sweep_list.read(path, tmp_path / "data")
+    assert len(plan.runs) >= path.read_text().count("[[run]]") > 0
     for run in plan.runs:
         more = f"--save {tmp_path} --save-interval 1 --exit-signal-handler"
         more += " --tokenizer-type NullTokenizer --vocab-size 31999"  # for there is no dataset

@@ -92,7 +92,8 @@ PP2 = "--pipeline-model-parallel-size 2"
 PP4 = "--pipeline-model-parallel-size 4"
 VPP = "--num-virtual-stages-per-pipeline-rank 2"
 DIST_OPT = "--use-distributed-optimizer"
-#: Of four micro-batches each. With one alone, some of four stages would never leave the warm-up.
+#: Of four micro-batches each. With one alone no group would follow another, and the first two of
+#: four stages with virtual stages would never leave the warm-up.
 TWO_GROUPS = "--global-batch-size 16"
 
 LAYOUTS = {

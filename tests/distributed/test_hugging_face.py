@@ -27,11 +27,10 @@ from hf_checkpoint import MegatronCheckpoint
 from hf_checkpoint_writer import write_checkpoint
 from hf_loss import Windows, mean_loss
 from hf_unpickling import StandIn
-from layouts import PP2, VPP, Layout
+from layouts import PP2, SEQUENCE, VPP, Layout
 
 RANK = 16
 ONE = "model.safetensors"
-SEQUENCE = 32
 SAMPLES = 16  # of an evaluation
 
 SAVE_ONCE = "--save-interval 1000 --ckpt-format torch_dist"

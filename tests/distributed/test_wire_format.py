@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from cluster import Cluster, Result
-from layouts import LAYOUTS
+from layouts import HIDDEN, LAYOUTS, SEQUENCE
 from tests.unit import independent_reader as page
 
 LAYOUT = LAYOUTS["pp2"]
 RANK, VOCABULARY, STEPS, MICRO_BATCHES = 16, 256, 4, LAYOUT.micro_batches
-TOKENS, HIDDEN, RATE = 32 * 2, 64, 3e-3
+TOKENS, RATE = 2 * SEQUENCE, 3e-3
 GROUPS, ROUNDS, CODES, ENTRIES = 4, 2, 16, 3
 #: Bytes of a body of rvq in fp32: entries, scales, codes of 4 bits.
 RVQ = GROUPS * ROUNDS * ENTRIES * (RANK // GROUPS) * 4 + 2 * TOKENS + TOKENS * GROUPS * ROUNDS // 2

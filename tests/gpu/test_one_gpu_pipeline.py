@@ -52,7 +52,7 @@ def test_rvq_trains() -> None:
 
 def test_timing_changes_no_bit() -> None:
     """Over slow links, not received ahead, and with freed memory spoilt around every payload."""
-    job = f"{PP4_GLOO} {INT8} --global-batch-size 16"  # memory of a step is used again in it
+    job = f"{PP4_GLOO} {INT8} --global-batch-size 16"  # enough for freed memory to be used again
     straight = run(4, job, deterministic=True)
     assert straight.losses[-1] < straight.losses[0] - 0.02
     assert_sides_equal(straight, 3)

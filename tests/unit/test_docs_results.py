@@ -224,12 +224,11 @@ def test_what_wider_anchors_came_to() -> None:
 
 def test_runs_that_two_lists_share_are_the_same() -> None:
     source, anchors = (
-        {path.relative_to(DOCS / "results" / corpus): path.read_text() for path in files}
-        for corpus in ("source", "anchors")
-        for files in [(DOCS / "results" / corpus).glob("*/*.json")]
+        {path.relative_to(folder): path.read_text() for path in folder.glob("*/*.json")}
+        for folder in (DOCS / "results" / "source", DOCS / "results" / "anchors")
     )
     shared = source.keys() & anchors.keys()
-    assert len(shared) == 2 * 4  # two seeds of two settings
+    assert len(shared) == 2 * 4  # two files each: two seeds of two settings
     assert all(source[path] == anchors[path] for path in shared)
 
 
