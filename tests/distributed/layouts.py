@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mapl.config import LEARNED
+from mapl.config import LEARNED, MaplConfig
 
 HIDDEN, SEQUENCE = 64, 32
 
@@ -42,9 +42,13 @@ def with_plain_boundaries(command: list[str]) -> list[str]:
 
 def _exchanges(command: list[str]) -> bool:
     """Whether the two sides of a boundary send each other anything of the projector's."""
-    projectors = [b for a, b in pairwise(command) if a == "--mapl-projector"]
-    learns = not projectors or projectors[-1] in LEARNED
+    learns = _value(command, "--mapl-projector", MaplConfig.projector) in LEARNED
     return learns or "--mapl-projector-start-step" in command
+
+
+def _value(command: list[str], flag: str, default: str) -> str:
+    """What a flag is set to: the last of several values wins."""
+    return [default, *(after for word, after in pairwise(command) if word == flag)][-1]
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,23 @@ class Layout:
     @property
     def micro_batches(self) -> int:
         """The number of micro-batches of a step in each replica."""
-        ranks = self._size("--pipeline-model-parallel-size")
-        ranks *= self._size("--tensor-model-parallel-size")
-        return self.samples // self._size("--micro-batch-size") // (self.world_size // ranks)
+        replicas = self.processes_a_stage // self._size("--tensor-model-parallel-size")
+        return self.samples // self._size("--micro-batch-size") // replicas
+
+    @property
+    def processes_a_stage(self) -> int:
+        """Replicas and tensor-parallel ranks that hold each stage."""
+        return self.world_size // self._size("--pipeline-model-parallel-size")
+
+    @property
+    def boundaries(self) -> int:
+        """Those between all stages, virtual ones included."""
+        stages = self._size("--pipeline-model-parallel-size")
+        return stages * self._size("--num-virtual-stages-per-pipeline-rank") - 1
 
     def _size(self, flag: str) -> int:
         """What a flag is set to, 1 if it is not."""
-        command = self.bare_command()
-        return int([b for a, b in pairwise(command) if a == flag][-1] if flag in command else 1)
+        return int(_value(self.bare_command(), flag, "1"))
 
     def command(self, *more: str) -> list[str]:
         """The whole command line, with `PLAIN_BOUNDARIES` unless it has its own."""

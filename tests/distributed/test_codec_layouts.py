@@ -77,11 +77,7 @@ def assert_one_q_each(result: Result, boundaries: int, copies_each: int) -> None
 def test_codecs_in_every_layout(cluster: Cluster, name: str, pair: str) -> None:
     layout = LAYOUTS[name]
     result = cluster.run(layout.world_size, layout.command(flags(*PAIRS[pair])))
-    arguments = layout.arguments.split()
-    virtual = 2 if "--num-virtual-stages-per-pipeline-rank" in arguments else 1
-    pipeline = int(arguments[arguments.index("--pipeline-model-parallel-size") + 1])
-    replicas = layout.world_size // pipeline
-    boundaries = pipeline * virtual - 1
+    replicas, boundaries = layout.processes_a_stage, layout.boundaries
     assert_sides_equal(result, boundaries, 2 * replicas)
     if "rvq" in PAIRS[pair]:
         assert_codebooks_equal(result, boundaries, 2 * replicas)
